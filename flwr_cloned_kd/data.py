@@ -1,0 +1,208 @@
+"""Datasets as two tensors, their split into core and edges, and what may be done to them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Dataset = tuple[Tensor, Tensor]
+"""Images `[N, C, H, W]`, any floating dtype, and labels `[N]`, int64."""
+
+
+def load_digits(test_size: int = 360) -> tuple[Dataset, Dataset]:
+    """Load scikit-learn's 1,797 handwritten digits, 8x8 grey: (train, test), standardised.
+
+    The split is fixed and stratified; the package embeds the data, nothing is downloaded.
+    """
+    try:
+        from sklearn.datasets import load_digits as load
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError("load_digits needs scikit-learn: pip install scikit-learn") from error
+    images, labels = load(return_X_y=True)
+    halves = train_test_split(images, labels, test_size=test_size, stratify=labels, random_state=0)
+    train, test = (half.reshape(-1, 8, 8, 1) for half in halves[:2])
+    return standardise((train, halves[2]), (test, halves[3]))
+
+
+def load_cifar100(root: str | Path, *, download: bool = True) -> tuple[Dataset, Dataset]:
+    """Load CIFAR-100 through torchvision: (train, test), standardised per channel.
+
+    Args:
+        root: folder that holds, or receives, torchvision's `cifar-100-python`.
+    """
+    from torchvision.datasets import CIFAR100
+
+    parts = [CIFAR100(str(root), train=train, download=download) for train in (True, False)]
+    return standardise(*((part.data, np.asarray(part.targets)) for part in parts))
+
+
+def load_npz(path: str | Path) -> tuple[Dataset, Dataset]:
+    """Load an archive of `x_train`, `y_train`, `x_test`, `y_test`: (train, test), standardised.
+
+    Images are `[N, H, W]`, `[N, H, W, C]` or, with C of 1 or 3 first, `[N, C, H, W]`.
+
+    Raises:
+        ValueError: naming the archive and the array that is missing or misshaped.
+    """
+    with np.load(path, allow_pickle=False) as archive:
+        missing = {"x_train", "y_train", "x_test", "y_test"} - set(archive.files)
+        if missing:
+            raise ValueError(f"{path}: expected x_train, y_train, x_test, y_test, "
+                             f"missing {', '.join(sorted(missing))}")  # fmt: skip
+        parts = [(archive[f"x_{part}"], archive[f"y_{part}"]) for part in ("train", "test")]
+    for part, (images, labels) in zip(("train", "test"), parts):
+        if images.ndim not in (3, 4) or labels.shape != images.shape[:1] or not len(labels):
+            raise ValueError(f"{path}: expected x_{part} [N, H, W(, C)] and y_{part} [N], "
+                             f"got {images.shape} and {labels.shape}")  # fmt: skip
+    return standardise(*parts)
+
+
+def load_huggingface(
+    name: str, *, image_key: str = "img", label_key: str = "fine_label"
+) -> tuple[Dataset, Dataset]:
+    """Load the `train` and `test` splits of a HuggingFace dataset through flwr-datasets.
+
+    Args:
+        name: a dataset on the hub, such as "uoft-cs/cifar100", or a local folder of one.
+        image_key: column of images, all of one size.
+        label_key: column of integer labels.
+    """
+    try:
+        from flwr_datasets import FederatedDataset
+    except ImportError as error:
+        raise ImportError(
+            'load_huggingface needs flwr-datasets: pip install "flwr-cloned-kd[datasets]"'
+        ) from error
+    hub = FederatedDataset(dataset=name, partitioners={})
+    parts = []
+    for split in ("train", "test"):
+        rows = hub.load_split(split)
+        images = np.stack([np.asarray(image) for image in rows[image_key]])
+        parts.append((images, np.asarray(rows[label_key])))
+    return standardise(*parts)
+
+
+def standardise(train: tuple[Any, Any], test: tuple[Any, Any]) -> tuple[Dataset, Dataset]:
+    """Turn NumPy (images, labels) into datasets of mean 0 and deviation 1 per channel.
+
+    Images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` become float32 `[N, C, H, W]`; the
+    moments are those of `train`.
+    """
+    (images, labels), held_out = _tensors(*train), _tensors(*test)
+    deviation, centre = torch.std_mean(images, dim=(0, 2, 3), keepdim=True)
+    scale = deviation.clamp(min=1e-8)
+    return ((images - centre) / scale, labels), ((held_out[0] - centre) / scale, held_out[1])
+
+
+def _tensors(images: Any, labels: Any) -> Dataset:
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[-1] in (1, 3) or images.shape[1] not in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+    return pixels, torch.from_numpy(np.array(labels, dtype=np.int64))
+
+
+def partition(num_samples: int, num_parts: int, *, seed: int = 0) -> list[Tensor]:
+    """Split row numbers at random into disjoint parts of even size (Sec. 5).
+
+    50,000 CIFAR-100 images in 10 parts: 50 per class with a standard deviation of 6.7.
+
+    Returns:
+        `num_parts` int64 tensors of row numbers, sizes differing by at most one.
+
+    Raises:
+        ValueError: if there are more parts than samples, or fewer than 1.
+    """
+    if not 1 <= num_parts <= num_samples:
+        raise ValueError(f"num_parts: expected 1 to {num_samples}, got {num_parts}")
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+    return list(order.tensor_split(num_parts))
+
+
+def partition_with(partitioner: Any, labels: Tensor) -> list[Tensor]:
+    """Split rows with a partitioner of flwr-datasets, for data that is not identically spread.
+
+    Args:
+        partitioner: for example `DirichletPartitioner(9, partition_by="label", alpha=0.3)`.
+        labels: `[N]`; the partitioner sees them as the column "label".
+
+    Returns:
+        One int64 tensor of row numbers per partition.
+    """
+    from datasets import Dataset as Table
+
+    partitioner.dataset = Table.from_dict(
+        {"row": list(range(len(labels))), "label": labels.tolist()}
+    )
+    return [
+        torch.tensor(partitioner.load_partition(part)["row"], dtype=torch.int64)
+        for part in range(partitioner.num_partitions)
+    ]
+
+
+def take(dataset: Dataset, rows: Tensor | Sequence[int]) -> Dataset:
+    """Return the named rows of a dataset, copied."""
+    index = torch.as_tensor(rows)
+    return dataset[0][index], dataset[1][index]
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """Random crop of the zero-padded image, then a random horizontal flip (He et al. 2016).
+
+    The family is finite: `2 (2 pad + 1)^2` views, 162 for the usual padding of 4 pixels.
+    Calling it with images `[B, C, H, W]` and a generator draws one view per image.
+
+    Args:
+        pad: pixels of padding on every side, and so the largest shift.
+        flip: False for images that mean something else in the mirror, such as digits.
+    """
+
+    pad: int = 4
+    flip: bool = True
+
+    @property
+    def num_views(self) -> int:
+        """How many different views one image has."""
+        return (1 + self.flip) * (2 * self.pad + 1) ** 2
+
+    def draw(self, num_images: int, generator: torch.Generator) -> Tensor:
+        """Draw view numbers `[num_images]`, each in [0, num_views)."""
+        return torch.randint(self.num_views, (num_images,), generator=generator)
+
+    def view(self, images: Tensor, views: Tensor) -> Tensor:
+        """Return view `views[i]` of image i: `[B, C, H, W]` to the same."""
+        height, width = images.shape[-2:]
+        side = 2 * self.pad + 1
+        shift, flip = views % side**2, (views >= side**2)
+        rows = shift[:, None] // side + torch.arange(height, device=views.device)
+        columns = shift[:, None] % side + torch.arange(width, device=views.device)
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        padded = F.pad(images, (self.pad,) * 4).permute(0, 2, 3, 1)
+        index = torch.arange(len(images), device=views.device)[:, None, None]
+        return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        views = self.draw(len(images), generator)
+        return self.view(images, views.to(images.device))
+
+
+crop_and_flip = CropAndFlip()
+
+
+def shuffle_labels(labels: Tensor, generator: torch.Generator, *, p: float = 1.0) -> Tensor:
+    """Make an edge noisy: with probability `p` permute the labels `[B]` of a batch (Sec. 5.3).
+
+    Args:
+        p: fraction of batches, in [0, 1]; 0 leaves every batch as it is.
+    """
+    if torch.rand((), generator=generator) >= p:
+        return labels
+    return labels[torch.randperm(len(labels), generator=generator).to(labels.device)]
