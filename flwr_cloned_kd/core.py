@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from .consensus import Venn
 from .data import Dataset
-from .engine import Recipe, Runtime, accuracy, fit, fold_in, forward, predict
+from .engine import Runtime, accuracy, fit, forward, predict
 from .ensemble import Ensemble, StateDict, check_finite, clone, mean, member, size
 from .guard import Guard
 from .losses import Teachers, distillation
+from .recipe import Recipe, fold_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,11 @@ class Core:
             runtime=self.runtime,
             **options,  # type: ignore
         )
+
+
+def edge_seed(seed: int, server_round: int) -> int:
+    """Derive the seed of Phase 1 in one round from the core's, the same with Flower and without."""
+    return fold_in(seed, "phase-1", server_round)
 
 
 def train_edge(

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .core import Core, CoreState, Distillation
-from .engine import Recipe, fold_in
 from .ensemble import StateDict
 from .models import initialise
+from .recipe import Recipe, fold_in
 
 Send = Callable[[CoreState], StateDict]
 """The core's progress -> the model to send to the next edge."""

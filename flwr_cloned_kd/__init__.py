@@ -1,0 +1,81 @@
+"""Asynchronous edge learning by cloned knowledge distillation, for Flower.
+
+Lee, Yoo and Kwak, "Asynchronous Edge Learning using Cloned Knowledge Distillation", 2020.
+"""
+
+from .asynchronous import AsyncStrategy
+from .client import EdgeClient, edge_app
+from .consensus import Venn
+from .core import Core, CoreState, Distillation, edge_seed, train_edge
+from .data import (
+    CropAndFlip,
+    crop_and_flip,
+    load_cifar100,
+    load_digits,
+    load_huggingface,
+    load_npz,
+    partition,
+    partition_with,
+    shuffle_labels,
+    take,
+)
+from .engine import Runtime, accuracy, fit, predict
+from .ensemble import Ensemble, StateDict, as_ensemble, clone, member
+from .guard import TrainAccuracyJump
+from .losses import cross_entropy, distillation
+from .models import digits_cnn, initialise, resnet, resnet32
+from .recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
+from .strategy import ClonedKD
+from .variants import PRESETS, VARIANTS, Variant, cloned, paper, practical
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "VARIANTS",
+    "AccuracyReached",
+    "AsyncStrategy",
+    "ClonedKD",
+    "Core",
+    "CoreState",
+    "CropAndFlip",
+    "Distillation",
+    "EdgeClient",
+    "Ensemble",
+    "Plateau",
+    "Recipe",
+    "Runtime",
+    "StateDict",
+    "TrainAccuracyJump",
+    "Variant",
+    "Venn",
+    "accuracy",
+    "as_ensemble",
+    "clone",
+    "cloned",
+    "crop_and_flip",
+    "cross_entropy",
+    "digits_cnn",
+    "distillation",
+    "edge_app",
+    "edge_seed",
+    "fit",
+    "fold_in",
+    "initialise",
+    "load_cifar100",
+    "load_digits",
+    "load_huggingface",
+    "load_npz",
+    "member",
+    "paper",
+    "partition",
+    "partition_with",
+    "practical",
+    "predict",
+    "resnet",
+    "resnet32",
+    "shuffle_labels",
+    "step_decay",
+    "take",
+    "train_edge",
+]

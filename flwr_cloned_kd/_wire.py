@@ -1,0 +1,71 @@
+"""Reading what edges send; every failure is a ValueError of one line."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from torch import Tensor
+
+from .ensemble import Ensemble, as_ensemble
+
+Record = TypeVar("Record")
+
+MOST_METRICS = 32
+MOST_CHARACTERS = 200
+
+
+def content_of(reply: Message | None, timeout: float) -> RecordDict:
+    """Return what a reply carries; refuse an error and silence."""
+    if reply is None:
+        raise ValueError(f"expected an answer within {timeout:g} s, got none")
+    if reply.has_error():
+        lines = [line for line in str(reply.error.reason).splitlines() if line.strip()]
+        reason = lines[-1].strip()[:MOST_CHARACTERS] if lines else "no reason"
+        raise ValueError(f"expected a reply, got error {reply.error.code}: {reason!r}")
+    return reply.content
+
+
+def only(records: Mapping[str, Record], kind: str) -> Record:
+    """Return the one record of a kind."""
+    if len(records) != 1:
+        raise ValueError(f"expected one {kind}, got {len(records)}")
+    return next(iter(records.values()))
+
+
+def ensemble_of(record: ArrayRecord, like: Mapping[str, Tensor]) -> Ensemble:
+    """Decode an ArrayRecord without trusting its headers, and check it against the core."""
+    arrays: dict[str, Any] = {}
+    for name, array in record.items():
+        try:
+            arrays[name] = array.numpy()
+        except Exception as error:  # NumPy raises what it likes on bytes it cannot read
+            found = f"{type(error).__name__}: {str(error)[:MOST_CHARACTERS]}"
+            raise ValueError(f"{name[:80]!r}: expected a NumPy array, got {found!r}") from None
+    return as_ensemble(arrays, like)
+
+
+def metrics_of(content: RecordDict) -> dict[str, float]:
+    """Return the finite numbers of the one MetricRecord; it must hold "num-examples" above 0."""
+    record = only(content.metric_records, "MetricRecord")
+    count = record.get("num-examples")
+    if not isinstance(count, int | float) or not 0 < count < math.inf:
+        raise ValueError(f"num-examples: expected a number above 0, got {str(count)[:80]}")
+    numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return {"num-examples": count, **dict(list(numbers.items())[:MOST_METRICS])}
+
+
+def name_of(reply: Message | None) -> str:
+    """Return who an edge says it is, or "" if it did not say."""
+    if reply is None or reply.has_error():
+        return ""
+    said = [
+        str(config["edge"]) for config in reply.content.config_records.values() if "edge" in config
+    ]
+    return said[0][:64] if said and said[0].isprintable() else ""
+
+
+def num_bytes(content: RecordDict) -> int:
+    """Count the bytes of all arrays."""
+    records = content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())

@@ -1,0 +1,100 @@
+"""What changes a result: seeds, schedules, stops, and the recipe of one phase."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def fold_in(seed: int, *path: int | str) -> int:
+    """Derive the seed of one purpose from the seed of a run: 63 bits, by SHA-256 of the path."""
+    digest = hashlib.sha256(repr((int(seed), *path)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def step_decay(progress: float) -> float:
+    """Scale the learning rate by 1, 0.1 from 1/2 on, 0.01 from 3/4 on (He et al. 2016).
+
+    Args:
+        progress: share of the steps already taken, in [0, 1).
+    """
+    return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+
+
+class Epoch(NamedTuple):
+    """Means over the samples of one epoch, as they were trained on, over all clones."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class AccuracyReached:
+    """Stop once an epoch's training accuracy reaches a fraction: Phase 1's learning threshold."""
+
+    threshold: float
+
+    def __call__(self, history: Sequence[Epoch]) -> bool:
+        return history[-1].accuracy >= self.threshold
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Stop once the loss has not improved on its best for some epochs: Phase 2's convergence.
+
+    Args:
+        patience: epochs, at least 1.
+        min_improvement: the smallest fall of the loss that counts.
+    """
+
+    patience: int = 10
+    min_improvement: float = 1e-3
+
+    def __call__(self, history: Sequence[Epoch]) -> bool:
+        recent, before = history[-self.patience :], history[: -self.patience]
+        best = min((epoch.loss for epoch in before), default=float("inf"))
+        return bool(before) and min(epoch.loss for epoch in recent) > best - self.min_improvement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one phase trains: everything here changes the result.
+
+    The defaults are the original ResNet schedule for CIFAR (He et al. 2016, Sec. 4.2), which the
+    paper keeps in every phase.
+
+    Args:
+        epochs: passes over the phase's own data, at least 1.
+        batch_size: the last batch of an epoch may be smaller; a single left-over sample is
+            skipped, since batch normalisation cannot train on it.
+        schedule: share of the steps taken, in [0, 1) -> factor of `lr`.
+        augment: (inputs `[B, ...]`, generator) -> inputs; None is none.
+        label_noise: (labels `[B]`, generator) -> labels; None is none. For noisy edges.
+        proximal_mu: FedProx's mu (Li et al. 2020), pulling towards the start; 0 is none.
+        stop: the epochs so far -> whether to end early; None trains all `epochs`.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    epochs: int = 164
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Callable[[float], float] = step_decay
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    label_noise: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    proximal_mu: float = 0.0
+    stop: Callable[[Sequence[Epoch]], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("lr", "momentum", "weight_decay", "proximal_mu"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

@@ -1,0 +1,106 @@
+"""Cloned knowledge distillation as a strategy for Flower's Message API."""
+
+from collections.abc import Callable
+from logging import INFO
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.common import log
+
+from ._session import Dispatch
+from ._wire import ensemble_of, metrics_of, only
+from .asynchronous import AsyncStrategy
+from .core import Core, CoreState, edge_seed
+from .ensemble import StateDict, member, size
+from .variants import Send, cloned
+
+
+class ClonedKD(AsyncStrategy):
+    """Asynchronous edge learning by cloned knowledge distillation (Lee, Yoo and Kwak 2020).
+
+    Each answer is an ensemble of clones; the core distils it, and those of its temporal memory,
+    into itself (Algorithm 1). Whatever does not fit the core is refused and leaves it as it was.
+
+    Args:
+        core: the service; its dataset, recipes and seed.
+        num_clones: E, how many clones each edge trains; 1 is no ensemble.
+        max_in_flight: edges asked at the same time; 1 is Algorithm 1.
+        max_staleness: refuse answers to a core older than this many versions; None takes all.
+        staleness_weight: staleness -> weight of that edge's KD term; None is always 1.
+        revisit: ask edges again once every edge was asked.
+        send: what an edge starts from; `cloned` sends the core, see `variants` for others.
+        on_round: see `AsyncStrategy`.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        num_clones: int = 3,
+        max_in_flight: int = 1,
+        max_staleness: int | None = None,
+        staleness_weight: Callable[[int], float] | None = None,
+        revisit: bool = False,
+        send: Send = cloned,
+        on_round: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        super().__init__(max_in_flight=max_in_flight, revisit=revisit, on_round=on_round)
+        if num_clones < 1:
+            raise ValueError(f"num_clones: expected at least 1, got {num_clones}")
+        if max_staleness is not None and max_staleness < 0:
+            raise ValueError(f"max_staleness: expected at least 0, got {max_staleness}")
+        self.core, self.num_clones, self.send = core, num_clones, send
+        self.max_staleness, self.staleness_weight = max_staleness, staleness_weight
+        self.state: CoreState | None = None
+
+    def begin(self, arrays: ArrayRecord) -> None:
+        """Start from a core that has met no edge yet."""
+        like = self.core.model.state_dict()
+        self.state = self.core.state(member(ensemble_of(arrays, like), 0))
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The core's model as it is now."""
+        return ArrayRecord(self._current.params)
+
+    def request(self, server_round: int, config: ConfigRecord) -> tuple[RecordDict, StateDict]:
+        """Send the core, how many clones to train of it, and a seed."""
+        sent = self.send(self._current)
+        config["num-clones"] = self.num_clones
+        config["seed"] = edge_seed(self.core.seed, server_round)
+        return RecordDict({"arrays": ArrayRecord(sent), "config": config}), sent
+
+    def absorb(self, dispatch: Dispatch[Any], content: RecordDict) -> dict[str, float]:
+        """Distil the ensemble that came back (Phase 2)."""
+        staleness = self.version - dispatch.version
+        if self.max_staleness is not None and staleness > self.max_staleness:
+            raise ValueError(f"staleness: expected at most {self.max_staleness}, got {staleness}")
+        found = metrics_of(content)
+        edge = ensemble_of(only(content.array_records, "ArrayRecord"), self._current.params)
+        if size(edge) > self.num_clones:
+            raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
+        weight = 1.0 if self.staleness_weight is None else self.staleness_weight(staleness)
+        self.state, metrics = self.core.distill(
+            self._current, edge, sent=dispatch.sent, weight=weight
+        )
+        self.version = self.state.version
+        return {**found, **metrics, "num-clones": size(edge)}
+
+    def summary(self) -> None:
+        """Log the configuration."""
+        super().summary()
+        how = self.core.distillation
+        log(INFO, "\t├── Clones per edge: %d", self.num_clones)
+        log(INFO, "\t├── Temporal memory: %d", how.memory_size)
+        log(INFO, "\t├── Temperature: %g", how.temperature)
+        log(INFO, "\t├── Student starts at: %g of the clones' movement", how.student_start)
+        log(INFO, "\t└── Core data: %d samples, seed %d", len(self.core.dataset[1]), self.core.seed)
+
+    @property
+    def _current(self) -> CoreState:
+        if self.state is None:
+            raise RuntimeError("ClonedKD: expected start() first")
+        return self.state
