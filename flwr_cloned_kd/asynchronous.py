@@ -235,7 +235,7 @@ class AsyncStrategy(Strategy):
         if metrics["accepted"]:
             log(INFO, "[ROUND %d] edge %s: %s", server_round, dispatch.edge, _brief(metrics))
         else:
-            cause = cause or f"the guard's consent, found {_brief(metrics)}"
+            cause = cause or f"the guard, by {_brief(metrics)}"
             log(WARNING, "[ROUND %d] edge %s refused: %s", server_round, dispatch.edge, cause)
         if self.on_round is not None:
             self.on_round({"round": server_round, "edge": dispatch.edge, "cause": cause, **numbers})

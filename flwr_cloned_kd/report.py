@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from flwr.common import log
@@ -15,9 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .core import Core
-
-if TYPE_CHECKING:
-    from .experiment import Settings
+from .settings import Settings
 
 PACKAGES = ("flwr-cloned-kd", "flwr", "ray", "torch", "torchvision", "numpy")
 # Okabe and Ito's palette: told apart with every kind of colour vision, and in grey by marker.
@@ -37,7 +35,7 @@ class Report:
         first: held-out accuracy of the first core, before any edge; a fraction in [0, 1].
     """
 
-    def __init__(self, settings: "Settings", core: Core, first: float) -> None:
+    def __init__(self, settings: Settings, core: Core, first: float) -> None:
         self.settings, self.first = settings, first
         self.rows: list[dict[str, Any]] = []
         self._device = core.runtime.target

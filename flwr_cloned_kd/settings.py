@@ -1,0 +1,173 @@
+"""Every knob of the example apps, as a run-config key."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from .data import CropAndFlip
+from .models import digits_cnn, resnet
+from .recipe import fold_in
+from .variants import PRESETS, VARIANTS
+
+DATASETS = ("digits", "cifar100", "npz", "huggingface")
+STRATEGIES = ("cloned-kd", "fedavg", "fedprox")
+AUGMENTATIONS = {
+    "none": None,
+    "crop": CropAndFlip(flip=False),
+    "crop-and-flip": CropAndFlip(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `[tool.flwr.app.config]` of the example apps holds, with `_` for `-`.
+
+    Args:
+        dataset: digits, cifar100, npz or huggingface.
+        data_path: where cifar100 is or goes to; the archive of npz; the name of huggingface's.
+        num_edges: parts of the data besides the core's.
+        split: "random" (even) or "dirichlet" (labels skewed over the edges, the core even).
+        dirichlet_alpha: above 0; the smaller, the more skewed.
+        model: digits-cnn or resnet-DEPTH.
+        variant: a row of Fig. 5: what an edge starts from, clones, memory.
+        num_clones, memory_size: 0 takes the variant's.
+        preset: "paper" or "practical" (Phase 2).
+        core_epochs, edge_epochs, distill_epochs: of Phases 0, 1 and 2.
+        distill_lr, temperature: 0 takes the preset's.
+        edge_accuracy_stop: Phase 1 ends at this training accuracy; 0 trains all epochs.
+        plateau_patience: Phase 2 ends after so many epochs without progress; 0 trains all.
+        noisy_edges: comma-separated partition ids whose labels are shuffled (Sec. 5.3).
+        guard_threshold: refuse an edge after which the core's training accuracy jumps by more;
+            0 is no guard.
+        strategy: one of cloned-kd, fedavg, fedprox, or several, comma-separated, run in turn.
+        num_rounds: of cloned-kd; 0 visits every edge once.
+        baseline_rounds: of fedavg and fedprox, each with all edges.
+        device, client_device: see `Runtime`.
+        results: absolute folder for the results; "" writes into ./results.
+        timeout: seconds to wait for an edge.
+
+    Raises:
+        ValueError: naming the key, what was expected and what was found.
+    """
+
+    dataset: str = "digits"
+    data_path: str = ""
+    num_edges: int = 9
+    split: str = "random"
+    dirichlet_alpha: float = 0.3
+    model: str = "digits-cnn"
+    variant: str = "CEM"
+    num_clones: int = 0
+    memory_size: int = 0
+    preset: str = "practical"
+    core_epochs: int = 40
+    edge_epochs: int = 40
+    distill_epochs: int = 40
+    batch_size: int = 128
+    lr: float = 0.1
+    distill_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    augment: str = "none"
+    temperature: float = 0.0
+    edge_accuracy_stop: float = 0.0
+    plateau_patience: int = 0
+    noisy_edges: str = ""
+    noise_probability: float = 1.0
+    guard_threshold: float = 0.0
+    strategy: str = "cloned-kd"
+    num_rounds: int = 0
+    baseline_rounds: int = 9
+    proximal_mu: float = 0.01
+    max_in_flight: int = 1
+    seed: int = 0
+    device: str = "auto"
+    client_device: str = "auto"
+    bf16: bool = False
+    compile: bool = False
+    results: str = ""
+    timeout: float = 3600.0
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Settings":
+        """Check a run-config and take it over; keys are kebab-case."""
+        known = {field.name.replace("_", "-"): field for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            if key not in known:
+                raise ValueError(f"run-config {key}: expected one of {', '.join(known)}")
+            default = known[key].default
+            kind = str if default is MISSING else type(default)
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind:
+                raise ValueError(f"run-config {key}: expected {kind.__name__}, got {value!r}")
+            values[known[key].name] = value
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        self._among("dataset", DATASETS)
+        self._among("split", ("random", "dirichlet"))
+        self._among("variant", tuple(VARIANTS))
+        self._among("preset", tuple(PRESETS))
+        self._among("augment", tuple(AUGMENTATIONS))
+        for name in self.strategies:
+            if name not in STRATEGIES:
+                self._fail("strategy", f"some of {', '.join(STRATEGIES)}")
+        for name in ("num_edges", "core_epochs", "edge_epochs", "distill_epochs", "batch_size",
+                     "baseline_rounds", "max_in_flight"):  # fmt: skip
+            if getattr(self, name) < 1:
+                self._fail(name, "at least 1")
+        for name in ("num_clones", "memory_size", "num_rounds", "plateau_patience", "lr",
+                     "distill_lr", "momentum", "weight_decay", "proximal_mu", "temperature",
+                     "guard_threshold"):  # fmt: skip
+            if not 0 <= getattr(self, name) < float("inf"):
+                self._fail(name, "at least 0")
+        for name in ("noise_probability", "edge_accuracy_stop"):
+            if not 0 <= getattr(self, name) <= 1:
+                self._fail(name, "a fraction, 0 to 1")
+        for name in ("dirichlet_alpha", "timeout"):
+            if not getattr(self, name) > 0:
+                self._fail(name, "above 0")
+        if self.dataset in ("npz", "huggingface") and not self.data_path:
+            self._fail("data_path", f"where the {self.dataset} data is")
+        if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
+            self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
+        build_model(self, 10)
+
+    @property
+    def strategies(self) -> list[str]:
+        """The strategies to run, in turn."""
+        return [name.strip() for name in self.strategy.split(",")]
+
+    @property
+    def noisy(self) -> list[str]:
+        """The partition ids of noisy edges."""
+        return [edge.strip() for edge in self.noisy_edges.split(",") if edge.strip()]
+
+    def _among(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            self._fail(name, f"one of {', '.join(choices)}")
+
+    def _fail(self, name: str, expected: str) -> None:
+        key = name.replace("_", "-")
+        raise ValueError(f"run-config {key}: expected {expected}, got {getattr(self, name)!r}")
+
+
+def build_model(settings: Settings, num_classes: int, channels: int = 3) -> nn.Module:
+    """Build the model of a run, with weights determined by its seed."""
+    seed = fold_in(settings.seed, "model")
+    family, _, depth = settings.model.partition("-")
+    try:
+        if settings.model == "digits-cnn":
+            return digits_cnn(num_classes, seed=seed)
+        if family == "resnet":
+            return resnet(int(depth), num_classes, channels=channels, seed=seed)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"run-config model: expected digits-cnn or resnet-DEPTH with DEPTH 8, 14, 20, 32, ..., "
+        f"got {settings.model!r}"
+    )

@@ -1,0 +1,60 @@
+"""A small federation on digits, the same for every path through the code."""
+
+from flwr_cloned_kd import (
+    Core,
+    Distillation,
+    EdgeClient,
+    Recipe,
+    digits_cnn,
+    edge_app,
+    edge_seed,
+    load_digits,
+    partition,
+    take,
+    train_edge,
+)
+
+RECIPE = Recipe(epochs=2, batch_size=32)
+TRAIN, TEST = load_digits()
+PARTS = partition(600, 10)
+
+
+def small_core(**changes):
+    options = {
+        "model": digits_cnn(),
+        "dataset": take(TRAIN, PARTS[0]),
+        "recipe": RECIPE,
+        "distillation": Distillation(recipe=RECIPE),
+        "held_out": take(TEST, range(100)),
+        "seed": 7,
+    }
+    return Core(**(options | changes))
+
+
+def edge_client(edge):
+    return EdgeClient(digits_cnn(), take(TRAIN, PARTS[1 + edge]), RECIPE)
+
+
+def app():
+    return edge_app(lambda context: edge_client(int(context.node_config["partition-id"])))
+
+
+def apps(num_edges):
+    return [app() for _ in range(num_edges)]
+
+
+def plain_loop(core, num_rounds, num_clones, send=lambda state: state.params):
+    """Algorithm 1 without Flower."""
+    state = core.state(core.pretrain())
+    for server_round in range(1, num_rounds + 1):
+        sent = send(state)
+        edge = train_edge(
+            core.model,
+            sent,
+            take(TRAIN, PARTS[server_round]),
+            RECIPE,
+            num_clones=num_clones,
+            seed=edge_seed(core.seed, server_round),
+        )
+        state, _ = core.distill(state, edge, sent=sent)
+    return state

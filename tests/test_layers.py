@@ -1,0 +1,66 @@
+"""DESIGN: an arrow may only point down."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "flwr_cloned_kd"
+LAYERS = [
+    {"ensemble", "consensus", "guard", "models", "data"},
+    {"losses", "recipe"},
+    {"engine"},
+    {"core", "variants"},
+    {"_session"},
+    {"_mailbox", "_wire", "asynchronous", "strategy", "client"},
+    {"settings", "report", "experiment"},
+]
+MAY_IMPORT_FLOWER = LAYERS[5] | LAYERS[6]
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports(module):
+    """Return (names of sibling modules, names of other packages) that a module imports."""
+    siblings, others = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            siblings.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module)
+        elif isinstance(node, ast.Import):
+            others |= {alias.name for alias in node.names}
+    return siblings, others
+
+
+def layer(module):
+    return next(index for index, names in enumerate(LAYERS) if module in names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_its_own_layer_and_those_below(module):
+    siblings = imports(module)[0]
+    assert all(layer(sibling) <= layer(module) for sibling in siblings), siblings
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_flower_is_imported_only_by_the_adapters(module):
+    flower = {name for name in imports(module)[1] if name.split(".")[0] == "flwr"}
+    assert not flower or module in MAY_IMPORT_FLOWER
+    assert all(name in ALLOWED_FLOWER for name in flower), flower
+
+
+ALLOWED_FLOWER = {
+    "flwr.app",
+    "flwr.client",
+    "flwr.clientapp",
+    "flwr.common",
+    "flwr.server",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+    "flwr.simulation",
+}
+
+
+def test_modules_stay_short():
+    lengths = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in MODULES}
+    assert max(lengths.values()) <= 330, lengths
