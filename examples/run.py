@@ -6,6 +6,7 @@ run failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -15,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections import deque
 from pathlib import Path
+
+from flwr_cloned_kd.settings import Settings
 
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
@@ -46,9 +50,16 @@ def main() -> int:
         "--results", type=Path, default=Path("results"), help="folder (default: ./results)"
     )
     arguments = parser.parse_args()
+    # A terminated script must end its SuperLink too, as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = find_app(arguments.app)
     results = arguments.results.absolute()
     overrides = [*arguments.run_config, f"num-edges={arguments.num_edges} results='{results}'"]
+    try:
+        check(folder, overrides)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     resources = {
         "num-supernodes": arguments.num_edges,
         "client-resources-num-cpus": arguments.num_cpus,
@@ -74,6 +85,24 @@ def find_app(app: Path) -> Path:
         if (folder / "pyproject.toml").is_file():
             return folder.absolute()
     sys.exit(f"{app}: expected a folder with a pyproject.toml")
+
+
+def check(app: Path, overrides: list[str]) -> None:
+    """Refuse a wrong setting at once; Flower would say "Invalid run configuration" and no more."""
+    config = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    for override in overrides:
+        if Path(override).suffix == ".toml":
+            text = Path(override).read_text()
+        else:
+            pairs = r"""[\w-]+\s*=\s*(?:'[^']*'|"[^"]*"|[^\s'"]+)"""
+            if rest := re.sub(pairs, "", override).strip():
+                raise ValueError(f"--run-config: expected key=value pairs, got {rest!r}")
+            text = "\n".join(re.findall(pairs, override))
+        try:
+            config |= tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"--run-config {override}: {error}") from None
+    Settings.read(config)
 
 
 def simulate(
@@ -162,13 +191,23 @@ def wait_for(port: int, superlink: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def end(superlink: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and every process it started (they share its session)."""
+    """End the SuperLink and every process it started, some in sessions of their own."""
+    processes = [superlink.pid, *descendants(superlink.pid)]
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(superlink.pid, kind)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, kind)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             superlink.wait(STOP_SECONDS)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+
+
+def descendants(ancestor: int) -> list[int]:
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True)
+    pairs = [tuple(map(int, line.split())) for line in listing.stdout.splitlines()]
+    found = [ancestor]
+    for process in found:
+        found += [child for child, parent in pairs if parent == process]
+    return found[1:]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from .data import CropAndFlip
+from .engine import Runtime
 from .models import digits_cnn, resnet
 from .recipe import fold_in
 from .variants import PRESETS, VARIANTS
@@ -97,7 +99,8 @@ class Settings:
         values: dict[str, Any] = {}
         for key, value in config.items():
             if key not in known:
-                raise ValueError(f"run-config {key}: expected one of {', '.join(known)}")
+                likely = get_close_matches(key, known) or known
+                raise ValueError(f"run-config {key}: expected a known key ({', '.join(likely)})")
             default = known[key].default
             kind = str if default is MISSING else type(default)
             if kind is float and type(value) is int:
@@ -136,6 +139,11 @@ class Settings:
         if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
             self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
         build_model(self, 10)
+        for name in ("device", "client_device"):
+            try:
+                Runtime(device=getattr(self, name))
+            except ValueError:
+                self._fail(name, "auto, cpu, cuda, cuda:1, ...")
 
     @property
     def strategies(self) -> list[str]:

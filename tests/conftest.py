@@ -13,9 +13,12 @@ def flower_identity():
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Reductions depend on how many threads share them: bits are compared on one."""
+    """Reductions depend on how many threads share them: bits are compared on one.
+
+    For models this small one thread is also the faster choice.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

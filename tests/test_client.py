@@ -36,7 +36,7 @@ def arrays():
     return ArrayRecord(digits_cnn().state_dict())
 
 
-def test_a_request_for_clones_is_answered_with_an_ensemble(one_thread):
+def test_a_request_for_clones_is_answered_with_an_ensemble():
     config = ConfigRecord({"num-clones": 2, "seed": 5, "server-round": 1})
     reply = ask({"arrays": arrays(), "config": config})
     expected = train_edge(
@@ -68,7 +68,7 @@ def test_rounds_without_a_seed_draw_differently_and_reproducibly():
     assert not np.array_equal(train(1), train(2))
 
 
-def test_the_servers_proximal_mu_is_used(one_thread):
+def test_the_servers_proximal_mu_is_used():
     config = {"proximal-mu": 0.5, "seed": 3}
     parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
     found, _, _ = edge_client(0).fit(parameters, config)
@@ -133,7 +133,7 @@ def legacy_request(config):
     return {"fitins.parameters": ArrayRecord(record), "fitins.config": ConfigRecord(config)}
 
 
-def test_a_legacy_request_is_answered_in_legacy_form(one_thread):
+def test_a_legacy_request_is_answered_in_legacy_form():
     reply = ask(legacy_request({"num-clones": 2, "seed": 5}))
     content = reply.content
     assert content["fitres.num_examples"]["num_examples"] == 60
@@ -169,7 +169,7 @@ def test_client_mods_wrap_both_apis():
     assert seen == [["arrays"], ["fitins.config", "fitins.parameters"]]
 
 
-def test_an_edge_without_a_seed_from_the_server_uses_its_own(one_thread):
+def test_an_edge_without_a_seed_from_the_server_uses_its_own():
     parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
     data = take(TRAIN, PARTS[1])
     found, _, _ = EdgeClient(digits_cnn(), data, RECIPE, seed=9).fit(

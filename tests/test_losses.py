@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from flwr_cloned_kd.losses import Batch, Teachers, cross_entropy, distillation, soft_target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Softmax at temperature 2 turns these logits into (1/4, 3/4) and (3/4, 1/4), for 2 ln 3 / 2 = ln 3.
 QUARTER, THREE_QUARTERS = [0.0, 2 * log(3)], [2 * log(3), 0.0]
 

@@ -19,7 +19,7 @@ def same_bits(left, right):
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("variant", ["CEM", "IPM", "IsPP"])
-def test_flower_and_the_plain_loop_end_with_the_same_bits(loop, variant, one_thread):
+def test_flower_and_the_plain_loop_end_with_the_same_bits(loop, variant):
     core, row = small_core(), VARIANTS[variant]
     expected = plain_loop(core, 3, row.num_clones, row.init(core))
     strategy = ClonedKD(core, num_clones=row.num_clones, send=row.init(core))
@@ -31,7 +31,7 @@ def test_flower_and_the_plain_loop_end_with_the_same_bits(loop, variant, one_thr
     assert not same_bits(first.to_torch_state_dict(keep_input=True), expected.params)
 
 
-def test_the_practical_preset_takes_the_same_three_paths(one_thread):
+def test_the_practical_preset_takes_the_same_three_paths():
     core = small_core(distillation=practical(Recipe(epochs=2, batch_size=32)))
     expected = plain_loop(core, 3, 2)
     for loop in LOOPS.values():

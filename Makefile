@@ -1,0 +1,40 @@
+# make demo   run the 9-edge digits setup: cloned KD, then Flower's FedAvg and FedProx
+# make test   ruff, mypy --strict and all tests
+# make quick  the tests that start no Flower processes
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test quick clean
+
+demo: .venv/.demo
+	$(BIN)/python examples/run.py quickstart_digits \
+		--run-config "strategy='cloned-kd,fedavg,fedprox'"
+
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --durations=10
+
+quick: .venv/.dev
+	$(BIN)/python -m pytest -m "not simulation and not gpu"
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expected Python 3.11 or newer, got $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
+	$(PIP_INSTALL) --editable ".[simulation,digits,plots]"
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $@ .venv/.demo
+
+clean:
+	rm -rf .venv results

@@ -1,0 +1,165 @@
+"""The examples, run as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from federation import RECIPE
+
+from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, train_edge
+from flwr_cloned_kd.experiment import build_core, recipe, split
+from flwr_cloned_kd.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+SHORT = "core-epochs=6 edge-epochs=4 distill-epochs=4 baseline-rounds=1"
+
+
+def run(*arguments, timeout=300):
+    import os
+
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def run_app(tmp_path, run_config):
+    return run(
+        EXAMPLES / "run.py", "quickstart_digits", "--results", tmp_path, "--run-config", run_config
+    )
+
+
+def rows(tmp_path):
+    """Every round of the only run, without what depends on the clock."""
+    (path,) = tmp_path.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in lines]
+
+
+def plain_accuracies(settings):
+    """Algorithm 1 without Flower, on what the app's settings stand for."""
+    core, row = build_core(settings), VARIANTS[settings.variant]
+    from flwr_cloned_kd import load_digits, take
+
+    train, _ = load_digits()
+    parts = split(settings, train[1])
+    state, found = core.state(core.pretrain()), []
+    for server_round in range(1, settings.num_edges + 1):
+        edge = train_edge(
+            core.model,
+            state.params,
+            take(train, parts[server_round]),
+            recipe(settings, settings.edge_epochs),
+            num_clones=row.num_clones,
+            seed=edge_seed(core.seed, server_round),
+        )
+        state, metrics = core.distill(state, edge)
+        found.append(metrics)
+    return found
+
+
+@pytest.mark.simulation
+def test_flwr_run_twice_gives_the_same_rounds_and_those_of_the_plain_loop(tmp_path):
+    config = f"{SHORT} seed=5"
+    found = []
+    for name, strategies in (("first", "cloned-kd,fedavg,fedprox"), ("second", "cloned-kd")):
+        result = run_app(tmp_path / name, f"{config} strategy='{strategies}'")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "Comparison (first core:" in result.stdout
+        assert "Final core accuracy:" in result.stdout
+        found.append(rows(tmp_path / name))
+        (folder,) = (tmp_path / name).iterdir()
+        assert {path.name for path in folder.iterdir()} == {
+            "metrics.jsonl",
+            "summary.json",
+            "accuracy.png",
+        }
+    assert found[0][:9] == found[1]
+    settings = Settings(core_epochs=6, edge_epochs=4, distill_epochs=4, seed=5)
+    cloned = [row for row in found[0] if row["strategy"] == "cloned-kd"]
+    assert [row["edge"] for row in cloned] == [str(edge) for edge in range(9)]
+    for row, expected in zip(cloned, plain_accuracies(settings), strict=True):
+        assert {key: row[key] for key in expected} == expected
+    assert [row["strategy"] for row in found[0][9:]] == ["fedavg", "fedprox"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("variant='CEN'", "run-config variant: expected one of IsPP, IPP"),
+        ("varaint='CEM'", "run-config varaint: expected a known key (variant)"),
+        ("lr=", "--run-config: expected key=value pairs, got 'lr='"),
+        ("model=resnet-8", "--run-config model=resnet-8"),
+    ],
+)
+def test_a_wrong_setting_stops_before_anything_starts(tmp_path, config, message):
+    result = run_app(tmp_path, config)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.simulation
+def test_a_run_that_fails_inside_the_app_exits_with_its_cause(tmp_path):
+    result = run_app(tmp_path, "dataset='npz' data-path='/nowhere/x.npz'")
+    assert result.returncode == 1
+    assert "The run failed (finished:failed)" in result.stderr
+    assert "No such file or directory: '/nowhere/x.npz'" in result.stderr
+
+
+SIMULATION = """
+from flwr.app import ArrayRecord
+from flwr.serverapp import ServerApp
+from flwr.simulation import run_simulation
+from federation import app, small_core
+from flwr_cloned_kd import ClonedKD
+
+server = ServerApp()
+
+@server.main()
+def main(grid, context):
+    core = small_core()
+    tell = lambda row: print(row["edge"], row["accepted"])
+    strategy = ClonedKD(core, num_clones=2, on_round=tell)
+    strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=3, timeout=120)
+    print("version", strategy.state.version)
+
+if __name__ == "__main__":
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server, app(), num_supernodes=3, backend_config=resources)
+"""
+
+
+@pytest.mark.simulation
+def test_a_ray_simulation_absorbs_every_edge(tmp_path):
+    script = tmp_path / "simulate.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT / 'tests')!r}]\n{SIMULATION}")
+    result = run(script)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for line in ("0 1.0", "1 1.0", "2 1.0", "version 3"):
+        assert line in result.stdout
+
+
+def test_the_loop_without_flower_runs():
+    result = run(EXAMPLES / "algorithm1.py", "--epochs", "2", "--num-edges", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("core") >= 3
+
+
+def test_the_loop_without_flower_explains_itself():
+    result = run(EXAMPLES / "algorithm1.py", "--help")
+    assert result.returncode == 0
+    assert "--variant" in result.stdout
+
+
+def test_seeds_of_one_purpose_do_not_collide_with_another():
+    assert len({fold_in(0, "phase-1", 1), fold_in(0, "phase-2", 1), edge_seed(1, 1)}) == 3
+    assert edge_seed(0, 1) == fold_in(0, "phase-1", 1)
+    assert RECIPE.epochs == 2

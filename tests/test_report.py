@@ -1,0 +1,85 @@
+"""What a run leaves behind."""
+
+import io
+import json
+
+import pytest
+from federation import small_core
+from rich.console import Console
+
+from flwr_cloned_kd.report import Report, comparison_table, final_accuracy, rounds_table
+from flwr_cloned_kd.settings import Settings
+
+
+def row(server_round, accuracy, accepted=1.0, edge="0"):
+    return {
+        "round": server_round,
+        "edge": edge,
+        "accepted": accepted,
+        "core-accuracy": accuracy,
+        "bytes-down": 1000,
+        "bytes-up": 2000,
+    }
+
+
+@pytest.fixture
+def report(tmp_path):
+    settings = Settings(results=str(tmp_path), strategy="cloned-kd,fedavg", seed=3)
+    report = Report(settings, small_core(), 0.5)
+    for server_round, accuracy in ((1, 0.6), (2, 0.7)):
+        report.add("cloned-kd", row(server_round, accuracy))
+    report.add("cloned-kd", row(3, 0.1, accepted=0.0))
+    report.add("fedavg", row(1, 0.65, edge="all"))
+    return report
+
+
+def test_rows_are_on_disk_as_they_come(report):
+    lines = (report.folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [r["strategy"] for r in rows] == ["cloned-kd"] * 3 + ["fedavg"]
+    assert all(r["seconds"] >= 0 for r in rows)
+
+
+def test_the_summary_says_what_ran_where_and_what_came_out(report):
+    report.finish()
+    summary = json.loads((report.folder / "summary.json").read_text())
+    assert summary["final_core_accuracy"] == 0.7
+    assert summary["final_accuracies"] == {"cloned-kd": 0.7, "fedavg": 0.65}
+    assert summary["first_core_accuracy"] == 0.5
+    assert summary["refused"] == 1
+    assert summary["seed"] == 3
+    assert summary["config"]["num-edges"] == 9
+    assert {"python", "flwr", "torch"} <= set(summary["versions"])
+    assert summary["hardware"]["cores"] >= 1
+    assert not list(report.folder.glob("*.part"))
+
+
+def test_the_picture_is_drawn(report):
+    report.finish()
+    assert (report.folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_rest_is_still_written(report, monkeypatch):
+    def missing(*args):
+        raise ImportError("matplotlib")
+
+    monkeypatch.setattr("flwr_cloned_kd.report.draw", missing)
+    report.finish()
+    assert (report.folder / "summary.json").exists()
+
+
+def test_a_refused_round_does_not_count():
+    rows = [{"strategy": "x", **row(1, 0.6)}, {"strategy": "x", **row(2, 0.1, accepted=0.0)}]
+    assert final_accuracy(rows, "x", 0.5) == 0.6
+    assert final_accuracy(rows[1:], "x", 0.5) == 0.5
+
+
+def test_tables_show_every_round_and_every_strategy(report):
+    console = Console(width=118, record=True, file=io.StringIO())
+    console.print(rounds_table(report.rows))
+    console.print(comparison_table(report.rows, 0.5))
+    text = console.export_text()
+    assert "refused" in text
+    assert "0.700" in text
+    assert "FedAvg" in text
+    assert "first core: 0.500" in text
