@@ -18,10 +18,11 @@ class Dispatch(Generic[Sent]):
     """Of the core when it was sent."""
     sent: Sent
     """What it was sent: late answers are measured against it."""
-    deadline: float
-    """Monotonic seconds."""
     num_bytes: int
     """Of the arrays sent."""
+    sent_at: float
+    """Monotonic seconds, as is `deadline`."""
+    deadline: float
 
 
 @dataclass

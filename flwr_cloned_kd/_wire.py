@@ -15,10 +15,10 @@ MOST_METRICS = 32
 MOST_CHARACTERS = 200
 
 
-def content_of(reply: Message | None, timeout: float) -> RecordDict:
+def content_of(reply: Message | None, waited: float) -> RecordDict:
     """Return what a reply carries; refuse an error and silence."""
     if reply is None:
-        raise ValueError(f"expected an answer within {timeout:g} s, got none")
+        raise ValueError(f"expected an answer, got none in {waited:.0f} s")
     if reply.has_error():
         lines = [line for line in str(reply.error.reason).splitlines() if line.strip()]
         reason = lines[-1].strip()[:MOST_CHARACTERS] if lines else "no reason"

@@ -206,9 +206,10 @@ class AsyncStrategy(Strategy):
             ttl=self._timeout,
             group_id=str(self.version),
         )
-        deadline = time.monotonic() + self._timeout
-        edge, down = self._session.names[node], num_bytes(content)
-        return message, Dispatch(server_round, node, edge, self.version, sent, deadline, down)
+        edge, down, now = self._session.names[node], num_bytes(content), time.monotonic()
+        return message, Dispatch(
+            server_round, node, edge, self.version, sent, down, now, now + self._timeout
+        )
 
     def _settle(
         self, server_round: int, dispatch: Dispatch[Any], reply: Message | None
@@ -217,13 +218,13 @@ class AsyncStrategy(Strategy):
         answered, cause, up = time.monotonic(), "", 0
         metrics = {"accepted": 0.0}
         staleness = self.version - dispatch.version
+        took = answered - dispatch.sent_at
         try:
-            content = content_of(reply, self._timeout)
+            content = content_of(reply, took)
             up = num_bytes(content)
             metrics |= self.absorb(dispatch, content)
         except ValueError as error:
             cause = str(error)
-        took = self._timeout - (dispatch.deadline - answered)
         numbers: dict[str, Any] = {
             **metrics,
             "staleness": staleness,

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,16 +32,21 @@ class Runtime:
     bf16: bool = False
     compile: bool = False
     batch_clones: bool | None = None
-    target: torch.device = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            object.__setattr__(self, "target", torch.device(name))
+            torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError as error:
-            raise ValueError(f"device: expected auto, cpu, cuda, ..., got {name!r}") from error
+            raise ValueError(
+                f"device: expected auto, cpu, cuda, ..., got {self.device!r}"
+            ) from error
+
+    @property
+    def target(self) -> torch.device:
+        """The device that `device` stands for in this process."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
 
 
 class _Lane(NamedTuple):
