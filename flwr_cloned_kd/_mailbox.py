@@ -94,6 +94,7 @@ class Mailbox:
         asked = [message_id for message_id, node_id in watched.items() if node_id in online]
         for reply in self._grid.pull_messages(asked) if asked else ():
             message_id = reply.metadata.reply_to_message_id
-            if message_id in watched:
-                self.forget(message_id)
+            with self._lock:
+                wanted = self._watched.pop(message_id, None) is not None
+            if wanted:
                 self._arrived.put((message_id, reply))

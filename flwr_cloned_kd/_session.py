@@ -11,7 +11,6 @@ Sent = TypeVar("Sent")
 class Dispatch(Generic[Sent]):
     """One request under way."""
 
-    server_round: int
     node_id: int
     edge: str
     version: int
@@ -42,9 +41,13 @@ class Session(Generic[Sent]):
     """Message id -> the request."""
 
     def introduce(self, node_id: int, name: str, online: Iterable[int]) -> str:
-        """Record who a node says it is; a name that somebody present bears is not believed."""
+        """Record who a node says it is.
+
+        A name that somebody present bears, or might come to bear for want of one, is not believed.
+        """
         taken = {self.names[other] for other in online if other in self.names}
-        self.names[node_id] = f"node {node_id}" if not name or name in taken else name
+        believed = name and name not in taken and not name.startswith("node ")
+        self.names[node_id] = name if believed else f"node {node_id}"
         return self.names[node_id]
 
     def choose(self, online: Iterable[int]) -> int | None:

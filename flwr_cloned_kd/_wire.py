@@ -12,6 +12,7 @@ from .ensemble import Ensemble, as_ensemble
 Record = TypeVar("Record")
 
 MOST_METRICS = 32
+MOST_NAME_CHARACTERS = 64
 MOST_CHARACTERS = 200
 
 
@@ -46,13 +47,18 @@ def ensemble_of(record: ArrayRecord, like: Mapping[str, Tensor]) -> Ensemble:
 
 
 def metrics_of(content: RecordDict) -> dict[str, float]:
-    """Return the finite numbers of the one MetricRecord; it must hold "num-examples" above 0."""
+    """Return the finite numbers of the one MetricRecord; it must hold "num-examples" above 0.
+
+    What else an edge reports of itself is marked as such: "train_loss" is "reported-train_loss".
+    """
     record = only(content.metric_records, "MetricRecord")
     count = record.get("num-examples")
     if not isinstance(count, int | float) or not 0 < count < math.inf:
         raise ValueError(f"num-examples: expected a number above 0, got {str(count)[:80]}")
-    numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
-    return {"num-examples": count, **dict(list(numbers.items())[:MOST_METRICS])}
+    finite = [(k, v) for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)]
+    reported = {f"reported-{name[:MOST_NAME_CHARACTERS]}": v for name, v in finite[:MOST_METRICS]}
+    reported.pop("reported-num-examples", None)
+    return {"num-examples": count, **reported}
 
 
 def name_of(reply: Message | None) -> str:
@@ -62,7 +68,7 @@ def name_of(reply: Message | None) -> str:
     said = [
         str(config["edge"]) for config in reply.content.config_records.values() if "edge" in config
     ]
-    return said[0][:64] if said and said[0].isprintable() else ""
+    return said[0][:MOST_NAME_CHARACTERS] if said and said[0].isprintable() else ""
 
 
 def num_bytes(content: RecordDict) -> int:

@@ -31,7 +31,8 @@ class AsyncStrategy(Strategy):
         max_in_flight: edges asked at the same time, at least 1.
         revisit: ask edges again once every edge was asked; False asks each at most once.
         on_round: called with one flat dict after each round: round, edge, accepted (1 or 0), cause,
-            staleness, bytes-down, bytes-up, seconds, and what `absorb` returned.
+            staleness, bytes-down, bytes-up, edge-seconds (from request to answer), core-seconds
+            (absorbing it), and what `absorb` returned.
 
     Raises:
         ValueError: if `max_in_flight` is below 1.
@@ -168,8 +169,10 @@ class AsyncStrategy(Strategy):
         while True:
             self._dispatch(grid, mailbox, num_rounds, config or ConfigRecord())
             if session.in_flight:
-                if arrived := mailbox.get(WAIT_SECONDS):
-                    return session.in_flight.pop(arrived[0]), arrived[1]
+                arrived = mailbox.get(WAIT_SECONDS)
+                # A reply that arrived while its edge was given up on counts as none.
+                if arrived and (dispatch := session.in_flight.pop(arrived[0], None)):
+                    return dispatch, arrived[1]
                 for message_id in session.expired(time.monotonic()):
                     mailbox.forget(message_id)
                     return session.in_flight.pop(message_id), None
@@ -207,9 +210,7 @@ class AsyncStrategy(Strategy):
             group_id=str(self.version),
         )
         edge, down, now = self._session.names[node], num_bytes(content), time.monotonic()
-        return message, Dispatch(
-            server_round, node, edge, self.version, sent, down, now, now + self._timeout
-        )
+        return message, Dispatch(node, edge, self.version, sent, down, now, now + self._timeout)
 
     def _settle(
         self, server_round: int, dispatch: Dispatch[Any], reply: Message | None

@@ -138,7 +138,7 @@ def edge_app(
 
     Args:
         client_fn: called for every request but "query"; an `EdgeClient`, or any NumPyClient.
-        mods: Flower client mods around every request.
+        mods: Flower client mods around every request but "query".
     """
     app = _EdgeApp()
     app.legacy = ClientApp(lambda context: client_fn(context).to_client(), mods=mods)

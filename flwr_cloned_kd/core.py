@@ -122,8 +122,11 @@ class Core:
             "consensus". Fractions in [0, 1].
 
         Raises:
-            ValueError: if the edge predicts, or the core would become, anything not finite.
+            ValueError: if the edge predicts, or the core would become, anything not finite; or
+                for a weight that is not at least 0.
         """
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight: expected at least 0, got {weight}")
         how = self.distillation
         memory = (*state.memory, edge)[-how.memory_size :]
         weights = (*state.memory_weights, weight)[-how.memory_size :]

@@ -23,9 +23,10 @@ class Runtime:
     Args:
         device: "auto" (a GPU if PyTorch sees one, else the CPU), "cpu", "cuda", "cuda:1", ...
         bf16: run the models in bfloat16 autocast; weights and losses stay float32.
-        compile: compile the forward pass; pays for long training of large models only.
+        compile: compile the forward pass of clones that train one by one; it takes a minute, which
+            only long training of large models earns back.
         batch_clones: train all clones in one pass (True), one by one (False), or choose by the
-            rule measured in docs/performance.md (None).
+            measured rule (None): batched for a tiny model, below 50,000 parameters.
     """
 
     device: str = "auto"
@@ -71,7 +72,8 @@ def fit(
     """Train every clone of an ensemble on one dataset, each with batches of its own.
 
     Clone e draws its shuffles and augmentations from `fold_in(seed, e)` alone, so that it ends
-    the same whether it trains beside others or by itself.
+    the same whether it trains beside others or by itself; but dropout draws for all clones
+    in turn, and `Recipe.stop` ends them together.
 
     Args:
         model: the architecture; its own weights are neither read nor written.

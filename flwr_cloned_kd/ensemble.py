@@ -97,8 +97,10 @@ def _as_tensor(name: str, array: Any) -> Tensor:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         kind = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"{name}: expected an array of numbers, got {kind}")
-    native = array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.array(array, dtype=native))
+    try:
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+    except TypeError:  # a number that PyTorch does not have, such as longdouble
+        raise ValueError(f"{name}: expected an array of numbers, got dtype {array.dtype}") from None
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -48,10 +48,17 @@ class Plateau:
     Args:
         patience: epochs, at least 1.
         min_improvement: the smallest fall of the loss that counts.
+
+    Raises:
+        ValueError: if `patience` is below 1.
     """
 
     patience: int = 10
     min_improvement: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience: expected at least 1, got {self.patience}")
 
     def __call__(self, history: Sequence[Epoch]) -> bool:
         recent, before = history[-self.patience :], history[: -self.patience]

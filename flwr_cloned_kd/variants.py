@@ -25,7 +25,7 @@ def independent(core: Core) -> Send:
 
 
 def scratch(core: Core) -> Send:
-    """Send newly drawn weights every time: each edge trains from scratch (Is-)."""
+    """Send weights newly drawn for each version of the core: edges train from scratch (Is-)."""
     return lambda state: initialise(core.model, fold_in(core.seed, "scratch", state.version))
 
 

@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 
 from flwr_cloned_kd import ClonedKD, digits_cnn
+from flwr_cloned_kd._mailbox import Mailbox
 
 
 def first(core):
@@ -202,6 +203,7 @@ HOSTILE = {
         change("conv.weight", np.float64),
         "expected dtype torch.float32, got torch.float6",
     ),
+    "longdouble": (change("conv.weight", np.longdouble), "expected an array of numbers, got dtype"),
     "text": (change("conv.weight", lambda a: a.astype("U9")), "expected an array of numbers"),
     "garbage": (raw(b"no array"), "'conv.weight': expected a NumPy array, got"),
     "archive": (raw(archive()), "conv.weight: expected an array of numbers, got NpzFile"),
@@ -357,7 +359,7 @@ def test_an_unmodified_quickstart_client_is_an_edge_of_one_clone():
     )
     assert [row["accepted"] for row in history] == [1, 1]
     assert history[0]["num-clones"] == 1
-    assert history[0]["train_loss"] > 0
+    assert history[0]["reported-train_loss"] > 0
     # Without an answer to the query a node goes by its id.
     assert history[0]["edge"] == "node 100"
 
@@ -388,7 +390,7 @@ def test_every_round_is_accounted_for():
     model = sum(len(array.data) for array in first(core).values())
     assert history[0]["bytes-down"] == model
     assert history[0]["bytes-up"] > 1.5 * model
-    assert history[0]["edge-seconds"] >= history[0]["train-seconds"]
+    assert history[0]["edge-seconds"] >= history[0]["reported-train-seconds"]
     numbers = dict(result.train_metrics_clientapp[1])
     assert {k: v for k, v in history[0].items() if k in numbers} == numbers
     assert strategy.arrays["conv.weight"].numpy().shape == (4, 1, 3, 3)
@@ -473,3 +475,42 @@ def test_the_summary_names_what_matters(flower_log):
     assert "Temporal memory: 3" in text
     assert f"{len(small_core().dataset[1])} samples, seed 7" in text
     assert RECIPE.epochs == 2
+
+
+def test_an_edge_cannot_pass_for_a_nameless_node():
+    grid = FakeGrid(apps(2), [{"name": "node 101", "partition-id": 0}, {"partition-id": 1}])
+    _, history, _ = run(small_core(), grid, rounds=2, num_clones=1)
+    assert [row["edge"] for row in history] == ["node 100", "1"]
+
+
+def test_what_an_edge_reports_does_not_pass_for_what_the_core_measures():
+    def boast(content):
+        metrics = MetricRecord({"num-examples": 5, "core-accuracy": 1.0, "accepted": 0})
+        return RecordDict({"arrays": content["arrays"], "metrics": metrics})
+
+    core = small_core(held_out=None)
+    _, history, _ = run(core, FakeGrid([train_only(boast)]), rounds=1)
+    assert "core-accuracy" not in history[0]
+    assert history[0]["reported-core-accuracy"] == 1.0
+    assert history[0]["accepted"] == 1
+
+
+def test_a_negative_staleness_weight_is_named():
+    _, history, _ = run(small_core(), FakeGrid(apps(1)), rounds=1, staleness_weight=lambda s: -1)
+    assert history[0]["cause"] == "weight: expected at least 0, got -1"
+
+
+def test_a_reply_fetched_while_its_edge_was_given_up_on_is_dropped():
+    grid = FakeGrid(apps(1))
+    with Mailbox(grid) as mailbox:
+        pull = grid.pull_messages
+
+        def slow(message_ids):
+            for message_id in message_ids:
+                mailbox.forget(message_id)  # the deadline passes while the pull is under way
+            return pull(message_ids)
+
+        grid.pull_messages = slow
+        message = Message(RecordDict(), dst_node_id=100, message_type="query")
+        mailbox.watch(*grid.push_messages([message]), 100)
+        assert mailbox.get(0.5) is None
