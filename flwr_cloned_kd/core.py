@@ -59,7 +59,8 @@ class CoreState:
     Args:
         params: the core model.
         memory: temporal memory, ensembles of the latest edges, newest last (Sec. 4.3).
-        memory_weights: the weight of each one's KD term; 1 unless it came late and was discounted.
+        memory_weights: the weight of each one's KD term, 1 unless it came late and was discounted;
+            empty is 1 for all.
         version: edges the core has learned from.
         train_accuracy: the core's accuracy on its own data after Phase 0, if it was measured, and
             after each accepted edge; fractions in [0, 1].
@@ -128,8 +129,9 @@ class Core:
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weight: expected at least 0, got {weight}")
         how = self.distillation
+        before = state.memory_weights or (1.0,) * len(state.memory)
         memory = (*state.memory, edge)[-how.memory_size :]
-        weights = (*state.memory_weights, weight)[-how.memory_size :]
+        weights = (*before, weight)[-how.memory_size :]
         found = self._predict(edge, "edge predictions: ")
         student = _student_start(self.model, state.params, edge, sent, how.student_start)
         teachers = self._teachers(state.params, memory, weights)

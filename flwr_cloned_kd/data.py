@@ -48,18 +48,32 @@ def load_npz(path: str | Path) -> tuple[Dataset, Dataset]:
     Images are `[N, H, W]`, `[N, H, W, C]` or, with C of 1 or 3 first, `[N, C, H, W]`.
 
     Raises:
-        ValueError: naming the archive and the array that is missing or misshaped.
+        ValueError: naming the archive and the array that is missing, misshaped or no numbers.
     """
-    with np.load(path, allow_pickle=False) as archive:
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path}: expected an .npz archive, got a single array")
+    with loaded as archive:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(archive.files)
         if missing:
             raise ValueError(f"{path}: expected x_train, y_train, x_test, y_test, "
                              f"missing {', '.join(sorted(missing))}")  # fmt: skip
-        parts = [(archive[f"x_{part}"], archive[f"y_{part}"]) for part in ("train", "test")]
+        try:
+            parts = [(archive[f"x_{part}"], archive[f"y_{part}"]) for part in ("train", "test")]
+        except ValueError as error:
+            raise ValueError(f"{path}: expected arrays of numbers: {error}") from None
     for part, (images, labels) in zip(("train", "test"), parts):
         if images.ndim not in (3, 4) or labels.shape != images.shape[:1] or not len(labels):
             raise ValueError(f"{path}: expected x_{part} [N, H, W(, C)] and y_{part} [N], "
                              f"got {images.shape} and {labels.shape}")  # fmt: skip
+        if images.dtype.kind not in "fiu" or labels.dtype.kind not in "iu":
+            raise ValueError(f"{path}: expected numbers in x_{part} and integers in y_{part}, "
+                             f"got {images.dtype} and {labels.dtype}")  # fmt: skip
+        if not np.isfinite(images).all():
+            raise ValueError(f"{path}: expected finite pixels in x_{part}")
+    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        raise ValueError(f"{path}: expected images of one shape, got x_train "
+                         f"{parts[0][0].shape} and x_test {parts[1][0].shape}")  # fmt: skip
     return standardise(*parts)
 
 
@@ -202,7 +216,12 @@ def shuffle_labels(labels: Tensor, generator: torch.Generator, *, p: float = 1.0
 
     Args:
         p: fraction of batches, in [0, 1]; 0 leaves every batch as it is.
+
+    Raises:
+        ValueError: if `p` is out of range.
     """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p: expected a fraction, 0 to 1, got {p}")
     if torch.rand((), generator=generator) >= p:
         return labels
     return labels[torch.randperm(len(labels), generator=generator).to(labels.device)]

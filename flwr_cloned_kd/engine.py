@@ -50,6 +50,9 @@ class Runtime:
         return torch.device(self.device)
 
 
+MOST_BATCHED_PARAMETERS = 50_000
+
+
 class _Lane(NamedTuple):
     """Clones that share a forward pass: all of them, or a single one."""
 
@@ -85,7 +88,8 @@ def fit(
         The trained ensemble, `[E, ...]`, on the CPU.
 
     Raises:
-        ValueError: if the dataset is empty or its two tensors differ in length.
+        ValueError: if the dataset is empty, its tensors differ in length, or no parameter of the
+            model requires a gradient.
     """
     inputs, labels = (tensor.to(runtime.target) for tensor in dataset)
     if not len(inputs) or len(inputs) != len(labels):
@@ -94,8 +98,10 @@ def fit(
     num_clones = size(ensemble)
     generators = [torch.Generator().manual_seed(fold_in(seed, e)) for e in range(num_clones)]
     with _settings(runtime, seed):
-        lanes = _lanes(model, ensemble, runtime, training=True)
+        lanes = _lanes(model, ensemble, runtime, inputs, training=True)
         starts = [[leaf.detach().clone() for leaf in lane.leaves] for lane in lanes]
+        if not lanes[0].leaves:
+            raise ValueError("model: expected a parameter that requires a gradient, got none")
         optimisers = [_sgd(lane.leaves, recipe) for lane in lanes]
         width = num_clones // len(lanes)
         num_steps = recipe.epochs * len(_split(len(inputs), recipe.batch_size))
@@ -128,12 +134,14 @@ def forward(
     model: nn.Module, ensemble: Ensemble, runtime: Runtime = Runtime()
 ) -> Callable[[Tensor], Tensor]:
     """Return inputs `[B, ...]` -> logits `[E, B, C]` of the whole ensemble in evaluation mode."""
-    lanes = _lanes(model, ensemble, runtime, training=False)
-    width = size(ensemble) // len(lanes)
+    lanes: list[_Lane] = []
 
     @torch.no_grad()
     def call(inputs: Tensor) -> Tensor:
-        views = inputs.to(runtime.target).expand(width, *inputs.shape)
+        inputs = inputs.to(runtime.target)
+        if not lanes:
+            lanes.extend(_lanes(model, ensemble, runtime, inputs, training=False))
+        views = inputs.expand(size(ensemble) // len(lanes), *inputs.shape)
         return torch.cat([lane.forward(views) for lane in lanes])
 
     return call
@@ -217,25 +225,29 @@ def _settings(runtime: Runtime, seed: int) -> Iterator[None]:
     """Make a device deterministic, and modules that draw (dropout) too, then restore both."""
     cuda = runtime.target.type == "cuda"
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(enabled=True, devices=[runtime.target] * cuda))
-        torch.manual_seed(seed)
+        stack.enter_context(torch.random.fork_rng(devices=[runtime.target] * cuda))
+        torch.default_generator.manual_seed(seed)
         if cuda:
+            torch.cuda.manual_seed(seed)
             flags = torch.backends.cudnn.flags(deterministic=True, benchmark=False)
             stack.enter_context(flags)
         yield
 
 
 def _lanes(
-    model: nn.Module, ensemble: Ensemble, runtime: Runtime, *, training: bool
+    model: nn.Module, ensemble: Ensemble, runtime: Runtime, inputs: Tensor, *, training: bool
 ) -> list[_Lane]:
-    if _batch_clones(model, size(ensemble), runtime):
+    if _batch_clones(model, ensemble, runtime, inputs, training):
         return [_together(model, ensemble, runtime, training)]
     return [
         _alone(model, member(ensemble, index), runtime, training) for index in range(size(ensemble))
     ]
 
 
-def _batch_clones(model: nn.Module, num_clones: int, runtime: Runtime) -> bool:
+def _batch_clones(
+    model: nn.Module, ensemble: Ensemble, runtime: Runtime, inputs: Tensor, training: bool
+) -> bool:
+    num_clones = size(ensemble)
     if runtime.batch_clones is not None or num_clones == 1:
         return bool(runtime.batch_clones) and num_clones > 1
     # vmap becomes a grouped convolution. It saves the overhead of many small operations, which
@@ -243,8 +255,16 @@ def _batch_clones(model: nn.Module, num_clones: int, runtime: Runtime) -> bool:
     tied = len(list(model.parameters())) != len(
         list(model.named_parameters(remove_duplicate=False))
     )
-    draws = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
-    return not tied and not draws and sum(p.numel() for p in model.parameters()) < 50_000
+    if tied or sum(p.numel() for p in model.parameters()) >= MOST_BATCHED_PARAMETERS:
+        return False
+    # What vmap cannot do (an LSTM, dropout) it says at the first call: try, on a copy.
+    trial = _together(model, ensemble, runtime, training)
+    try:
+        with torch.no_grad():
+            trial.forward(inputs[:2].expand(num_clones, *inputs[:2].shape))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _alone(model: nn.Module, params: StateDict, runtime: Runtime, training: bool) -> _Lane:

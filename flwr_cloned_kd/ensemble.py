@@ -68,6 +68,8 @@ def as_ensemble(arrays: Mapping[str, Any], like: Mapping[str, Tensor]) -> Ensemb
         ValueError: for a missing or unknown name, a wrong type, dtype, shape or clone count, or
             a value that is not finite: "conv1.weight: expected ..., got ...".
     """
+    if not like:
+        raise ValueError("core: expected a model with at least one tensor, got none")
     missing, unknown = sorted(like.keys() - arrays.keys()), sorted(arrays.keys() - like.keys())
     if missing or unknown:
         raise ValueError(

@@ -64,9 +64,9 @@ class Settings:
     num_clones: int = 0
     memory_size: int = 0
     preset: str = "practical"
-    core_epochs: int = 40
-    edge_epochs: int = 40
-    distill_epochs: int = 40
+    core_epochs: int = 12
+    edge_epochs: int = 30
+    distill_epochs: int = 30
     batch_size: int = 128
     lr: float = 0.1
     distill_lr: float = 0.0

@@ -470,3 +470,18 @@ def test_every_round_has_an_edge_seed_of_its_own():
 def test_a_distillation_refuses_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Distillation(**options)
+
+
+def test_a_memory_without_weights_counts_in_full():
+    core, edges = core_of(), edges_of(2, 1)
+    params = core.pretrain()
+    bare = CoreState(params, memory=(edges[0],))
+    weighed = replace(bare, memory_weights=(1.0,))
+    assert_same(*(core.distill(state, edges[1])[0] for state in (bare, weighed)))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_no_weight_is_refused(weight):
+    core = core_of()
+    with pytest.raises(ValueError, match="weight: expected at least 0"):
+        core.distill(CoreState(core.pretrain()), edges_of(1, 1)[0], weight=weight)

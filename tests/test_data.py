@@ -360,3 +360,30 @@ def test_huggingface_without_flwr_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr_datasets", None)
     with pytest.raises(ImportError, match=r"flwr-cloned-kd\[datasets\]"):
         load_huggingface("uoft-cs/cifar100")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y_train": np.array([0.5, 1, 2, 3])}, "integers in y_train, got uint8 and float64"),
+        ({"y_test": np.array(["a", "b"])}, "integers in y_test, got uint8 and <U1"),
+        ({"x_test": np.zeros((2, 5, 5, 3))}, "images of one shape, got x_train"),
+        ({"x_train": np.full((4, 6, 6, 3), np.nan)}, "finite pixels in x_train"),
+    ],
+)
+def test_an_archive_of_unusable_values_is_refused_by_name(tmp_path, arrays, message):
+    path = save_npz(tmp_path / "odd.npz", **arrays)
+    with pytest.raises(ValueError, match=r"odd\.npz: expected") as refusal:
+        load_npz(path)
+    assert message in str(refusal.value)
+
+
+def test_a_single_array_is_no_archive(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"x\.npy: expected an \.npz archive, got a single array"):
+        load_npz(tmp_path / "x.npy")
+
+
+def test_a_share_of_batches_is_a_fraction():
+    with pytest.raises(ValueError, match="p: expected a fraction, 0 to 1, got 2"):
+        shuffle_labels(torch.arange(3), torch.Generator(), p=2)

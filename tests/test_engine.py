@@ -468,3 +468,43 @@ def test_an_unknown_device_is_refused():
 def test_runtimes_are_compared_by_what_was_asked_for():
     assert Runtime() == Runtime(device="auto")
     assert Runtime(device="cpu") != Runtime(device="cpu", bf16=True)
+
+
+class Recurrent(nn.Module):
+    """vmap has no rule for an LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0][:, -1])
+
+
+class DropsOut(nn.Module):
+    """Draws in `forward`, where no submodule tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.head(nn.functional.dropout(x.flatten(1), 0.5, self.training))
+
+
+@pytest.mark.parametrize("kind", [Recurrent, DropsOut])
+def test_a_model_that_cannot_be_batched_trains_one_by_one(kind):
+    model = kind()
+    x, y = torch.randn(40, 5, 4), torch.arange(40) % 3
+    start = clone(model.state_dict(), 2)
+    recipe = Recipe(epochs=1, batch_size=20)
+    found = fit(model, start, (x, y), recipe, seed=3)
+    alone = fit(model, start, (x, y), recipe, seed=3, runtime=Runtime(batch_clones=False))
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
+    assert predict(model, found, x).shape == (2, 40, 3)
+
+
+def test_a_model_without_anything_to_train_is_refused():
+    model = nn.Linear(4, 3).requires_grad_(False)
+    with pytest.raises(ValueError, match="expected a parameter that requires a gradient"):
+        fit(model, clone(model.state_dict(), 1), (torch.randn(4, 4), torch.arange(4) % 3), Recipe())

@@ -62,7 +62,7 @@ def test_counters_without_a_dimension_come_back_in_an_ensemble_of_one():
     core["bn.num_batches_tracked"].fill_(7)
     received = as_ensemble(arrays(core), core)
     assert received["bn.num_batches_tracked"].tolist() == [7]
-    assert received["conv.weight"].shape == (1, 4, 1, 3, 3)
+    assert received["conv.weight"].shape == (1, 8, 1, 3, 3)
 
 
 def test_a_model_whose_first_tensor_is_a_counter_can_be_an_ensemble():

@@ -1,6 +1,9 @@
 """The examples, run as a user runs them."""
 
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 from federation import RECIPE
 
-from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, train_edge
+from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, load_digits, take, train_edge
 from flwr_cloned_kd.experiment import build_core, recipe, split
 from flwr_cloned_kd.settings import Settings
 
@@ -19,8 +22,6 @@ SHORT = "core-epochs=6 edge-epochs=4 distill-epochs=4 baseline-rounds=1"
 
 
 def run(*arguments, timeout=300):
-    import os
-
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=os.environ | ENVIRONMENT,
@@ -36,6 +37,14 @@ def run_app(tmp_path, run_config):
     )
 
 
+def runner():
+    """examples/run.py as a module."""
+    spec = importlib.util.spec_from_file_location("runner", EXAMPLES / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def rows(tmp_path):
     """Every round of the only run, without what depends on the clock."""
     (path,) = tmp_path.glob("*/metrics.jsonl")
@@ -46,8 +55,6 @@ def rows(tmp_path):
 def plain_accuracies(settings):
     """Algorithm 1 without Flower, on what the app's settings stand for."""
     core, row = build_core(settings), VARIANTS[settings.variant]
-    from flwr_cloned_kd import load_digits, take
-
     train, _ = load_digits()
     parts = split(settings, train[1])
     state, found = core.state(core.pretrain()), []
@@ -99,10 +106,15 @@ def test_flwr_run_twice_gives_the_same_rounds_and_those_of_the_plain_loop(tmp_pa
         ("model=resnet-8", "--run-config model=resnet-8"),
     ],
 )
-def test_a_wrong_setting_stops_before_anything_starts(tmp_path, config, message):
-    result = run_app(tmp_path, config)
+def test_a_wrong_setting_is_found_before_anything_starts(config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runner().check(EXAMPLES / "quickstart_digits", ["seed=1", config])
+
+
+def test_a_wrong_setting_ends_the_runner(tmp_path):
+    result = run_app(tmp_path, "varaint='CEM'")
     assert result.returncode == 2
-    assert message in result.stderr
+    assert "run-config varaint: expected a known key (variant)" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -18,10 +18,10 @@ def test_resnet32_has_the_parameters_of_the_papers_model():
     assert num_parameters(resnet32()) == 464 + 23_360 + 88_192 + 351_488 + 6_500 == 470_004
 
 
-def test_digits_cnn_has_about_five_thousand_parameters():
-    # As above with one block per stage, one input channel and 4, 8, 16 channels:
-    # 44, 2 152, 304 + 592, 1184 + 2336, 16 10 + 10.
-    assert num_parameters(digits_cnn()) == 44 + 304 + 896 + 3_520 + 170 == 4_934
+def test_digits_cnn_has_about_nineteen_thousand_parameters():
+    # As above with one block per stage, one input channel and 8, 16, 32 channels:
+    # 88, 2 592, 1184 + 2336, 4672 + 9280, 32 10 + 10.
+    assert num_parameters(digits_cnn()) == 88 + 1_184 + 3_520 + 13_952 + 330 == 19_074
 
 
 @pytest.mark.parametrize(

@@ -191,14 +191,14 @@ def archive():
 
 
 HOSTILE = {
-    "nan": (poison(np.nan), "conv.weight: expected finite values, got 1 of 72 not finite"),
+    "nan": (poison(np.nan), "conv.weight: expected finite values, got 1 of 144 not finite"),
     "infinity": (poison(-np.inf), "conv.weight: expected finite values"),
     "overflow": (change("head.weight", huge), "edge predictions: logits: expected finite values"),
     "missing": (drop, "expected the core's 44, missing 'conv.weight', unknown none"),
     "extra": (extra, "missing none, unknown 'more'"),
     "misnamed": (rename, "missing 'conv.weight', unknown 'x'"),
-    "shape": (change("conv.weight", lambda a: a[..., :1]), "conv.weight: expected shape (2, 4, 1"),
-    "clones": (change("conv.weight", lambda a: a[:1]), "expected shape (1, 4), got (2, 4)"),
+    "shape": (change("conv.weight", lambda a: a[..., :1]), "conv.weight: expected shape (2, 8, 1"),
+    "clones": (change("conv.weight", lambda a: a[:1]), "expected shape (1, 8), got (2, 8)"),
     "float64": (
         change("conv.weight", np.float64),
         "expected dtype torch.float32, got torch.float6",
@@ -393,7 +393,7 @@ def test_every_round_is_accounted_for():
     assert history[0]["edge-seconds"] >= history[0]["reported-train-seconds"]
     numbers = dict(result.train_metrics_clientapp[1])
     assert {k: v for k, v in history[0].items() if k in numbers} == numbers
-    assert strategy.arrays["conv.weight"].numpy().shape == (4, 1, 3, 3)
+    assert strategy.arrays["conv.weight"].numpy().shape == (8, 1, 3, 3)
 
 
 def test_server_side_evaluation_is_called_for_the_start_and_each_round():
