@@ -86,6 +86,10 @@ def load_huggingface(
         name: a dataset on the hub, such as "uoft-cs/cifar100", or a local folder of one.
         image_key: column of images, all of one size.
         label_key: column of integer labels.
+
+    Raises:
+        ImportError: without flwr-datasets.
+        ValueError: if the dataset has no such column.
     """
     try:
         from flwr_datasets import FederatedDataset
@@ -97,6 +101,9 @@ def load_huggingface(
     parts = []
     for split in ("train", "test"):
         rows = hub.load_split(split)
+        for key in (image_key, label_key):
+            if key not in rows.column_names:
+                raise ValueError(f"{name}: expected a column {key!r}, got {rows.column_names}")
         images = np.stack([np.asarray(image) for image in rows[image_key]])
         parts.append((images, np.asarray(rows[label_key])))
     return standardise(*parts)

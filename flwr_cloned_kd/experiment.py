@@ -34,13 +34,17 @@ from .strategy import ClonedKD
 from .variants import PRESETS, VARIANTS
 
 
+def _load(settings: Settings) -> tuple[Dataset, Dataset]:
+    return _load_once(settings.dataset, settings.data_path, settings.image_key, settings.label_key)
+
+
 @lru_cache(maxsize=1)
-def _load(dataset: str, path: str) -> tuple[Dataset, Dataset]:
+def _load_once(dataset: str, path: str, image_key: str, label_key: str) -> tuple[Dataset, Dataset]:
     loaders: dict[str, Callable[[], tuple[Dataset, Dataset]]] = {
         "digits": load_digits,
         "cifar100": lambda: load_cifar100(path or "data"),
         "npz": lambda: load_npz(path),
-        "huggingface": lambda: load_huggingface(path),
+        "huggingface": lambda: load_huggingface(path, image_key=image_key, label_key=label_key),
     }
     return loaders[dataset]()
 
@@ -82,7 +86,7 @@ def recipe(settings: Settings, epochs: int, **changes: Any) -> Recipe:
 
 def build_core(settings: Settings) -> Core:
     """Assemble the core: its part of the data, its model, its recipes."""
-    train, test = _load(settings.dataset, settings.data_path)
+    train, test = _load(settings)
     num_classes = int(train[1].max()) + 1
     stop = Plateau(settings.plateau_patience) if settings.plateau_patience else None
     how = PRESETS[settings.preset](recipe(settings, settings.distill_epochs, stop=stop))
@@ -113,7 +117,7 @@ def build_edge(context: Context) -> EdgeClient:
             f"partition-id: expected below num-edges ({settings.num_edges}), got {edge}; "
             f"start as many supernodes as there are edges"
         )
-    train, test = _load(settings.dataset, settings.data_path)
+    train, test = _load(settings)
     noisy = partial(shuffle_labels, p=settings.noise_probability)
     threshold = settings.edge_accuracy_stop
     return EdgeClient(

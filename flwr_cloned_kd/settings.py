@@ -29,6 +29,7 @@ class Settings:
     Args:
         dataset: digits, cifar100, npz or huggingface.
         data_path: where cifar100 is or goes to; the archive of npz; the name of huggingface's.
+        image_key, label_key: columns of a huggingface dataset.
         num_edges: parts of the data besides the core's.
         split: "random" (even) or "dirichlet" (labels skewed over the edges, the core even).
         dirichlet_alpha: above 0; the smaller, the more skewed.
@@ -56,6 +57,8 @@ class Settings:
 
     dataset: str = "digits"
     data_path: str = ""
+    image_key: str = "img"
+    label_key: str = "fine_label"
     num_edges: int = 9
     split: str = "random"
     dirichlet_alpha: float = 0.3

@@ -387,3 +387,8 @@ def test_a_single_array_is_no_archive(tmp_path):
 def test_a_share_of_batches_is_a_fraction():
     with pytest.raises(ValueError, match="p: expected a fraction, 0 to 1, got 2"):
         shuffle_labels(torch.arange(3), torch.Generator(), p=2)
+
+
+def test_a_huggingface_dataset_without_the_column_says_which_it_has(image_folder):
+    with pytest.raises(ValueError, match="expected a column 'label', got"):
+        load_huggingface(str(image_folder), label_key="label")
