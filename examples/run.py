@@ -211,4 +211,7 @@ def descendants(ancestor: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted: the run and its SuperLink were ended")

@@ -1,6 +1,5 @@
 """Flower's strategy loop without its barrier."""
 
-import io
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -109,9 +108,8 @@ class AsyncStrategy(Strategy):
                 result.arrays = self.arrays
                 result.train_metrics_clientapp[server_round] = metrics
                 _evaluate(evaluate_fn, server_round, result)
-        log(INFO, "Strategy execution finished in %.2fs", time.monotonic() - started)
-        for line in io.StringIO(str(result)):
-            log(INFO, "\t%s", line.strip("\n"))
+        took, num_done = time.monotonic() - started, len(result.train_metrics_clientapp)
+        log(INFO, "Finished in %.1f s: %d rounds, version %d", took, num_done, self.version)
         return result
 
     def configure_train(

@@ -160,7 +160,9 @@ def test_a_ray_simulation_absorbs_every_edge(tmp_path):
 
 
 def test_the_loop_without_flower_runs():
-    result = run(EXAMPLES / "algorithm1.py", "--epochs", "2", "--num-edges", "2")
+    result = run(
+        EXAMPLES / "algorithm1.py", "--epochs", "2", "--core-epochs", "2", "--num-edges", "2"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("core") >= 3
 
