@@ -29,7 +29,7 @@ from .engine import Runtime
 from .guard import TrainAccuracyJump
 from .recipe import AccuracyReached, Plateau, Recipe, fold_in
 from .report import Report
-from .settings import AUGMENTATIONS, Settings, build_model
+from .settings import AUGMENTATIONS, BATCH_CLONES, Settings, build_model
 from .strategy import ClonedKD
 from .variants import PRESETS, VARIANTS
 
@@ -84,6 +84,16 @@ def recipe(settings: Settings, epochs: int, **changes: Any) -> Recipe:
     return replace(shared, **changes)
 
 
+def runtime(settings: Settings, device: str) -> Runtime:
+    """Make the runtime of the server or of an edge."""
+    return Runtime(
+        device=device,
+        bf16=settings.bf16,
+        compile=settings.compile,
+        batch_clones=BATCH_CLONES[settings.batch_clones],
+    )
+
+
 def build_core(settings: Settings) -> Core:
     """Assemble the core: its part of the data, its model, its recipes."""
     train, test = _load(settings)
@@ -104,7 +114,7 @@ def build_core(settings: Settings) -> Core:
         guard=TrainAccuracyJump(settings.guard_threshold) if settings.guard_threshold else None,
         held_out=test,
         seed=settings.seed,
-        runtime=Runtime(device=settings.device, bf16=settings.bf16, compile=settings.compile),
+        runtime=runtime(settings, settings.device),
     )
 
 
@@ -131,9 +141,7 @@ def build_edge(context: Context) -> EdgeClient:
         ),
         held_out=test,
         seed=fold_in(settings.seed, "edge", edge),
-        runtime=Runtime(
-            device=settings.client_device, bf16=settings.bf16, compile=settings.compile
-        ),
+        runtime=runtime(settings, settings.client_device),
     )
 
 

@@ -15,6 +15,7 @@ from .variants import PRESETS, VARIANTS
 
 DATASETS = ("digits", "cifar100", "npz", "huggingface")
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox")
+BATCH_CLONES = {"auto": None, "on": True, "off": False}
 AUGMENTATIONS = {
     "none": None,
     "crop": CropAndFlip(flip=False),
@@ -47,7 +48,7 @@ class Settings:
         strategy: one of cloned-kd, fedavg, fedprox, or several, comma-separated, run in turn.
         num_rounds: of cloned-kd; 0 visits every edge once.
         baseline_rounds: of fedavg and fedprox, each with all edges.
-        device, client_device: see `Runtime`.
+        device, client_device, batch_clones ("auto", "on" or "off"), bf16, compile: see `Runtime`.
         results: absolute folder for the results; "" writes into ./results.
         timeout: seconds to wait for an edge.
 
@@ -90,6 +91,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     client_device: str = "auto"
+    batch_clones: str = "auto"
     bf16: bool = False
     compile: bool = False
     results: str = ""
@@ -119,6 +121,7 @@ class Settings:
         self._among("variant", tuple(VARIANTS))
         self._among("preset", tuple(PRESETS))
         self._among("augment", tuple(AUGMENTATIONS))
+        self._among("batch_clones", tuple(BATCH_CLONES))
         for name in self.strategies:
             if name not in STRATEGIES:
                 self._fail("strategy", f"some of {', '.join(STRATEGIES)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
-from flwr_cloned_kd import VARIANTS
+from flwr_cloned_kd import VARIANTS, Runtime
 from flwr_cloned_kd.experiment import build_core, build_edge, split
 from flwr_cloned_kd.settings import Settings
 
@@ -75,6 +75,7 @@ def test_knobs_reach_what_they_are_for():
     settings = Settings(
         variant="CPP", preset="paper", memory_size=2, temperature=2, distill_lr=0.5,
         plateau_patience=4, guard_threshold=0.2, distill_epochs=3, core_epochs=5,
+        batch_clones="off", bf16=True, device="cpu",
     )  # fmt: skip
     core = build_core(settings)
     how = core.distillation
@@ -82,6 +83,7 @@ def test_knobs_reach_what_they_are_for():
     assert how.recipe.stop.patience == 4
     assert core.guard.threshold == 0.2
     assert core.recipe.epochs == 5
+    assert core.runtime == Runtime(device="cpu", bf16=True, batch_clones=False)
     assert build_core(Settings(variant="CPP")).distillation.memory_size == 1
     assert build_core(Settings()).distillation.memory_size == VARIANTS["CEM"].memory_size
 
