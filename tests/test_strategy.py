@@ -36,7 +36,7 @@ def test_each_edge_is_asked_once_in_order_of_arrival():
 
 def test_a_run_ends_when_no_new_edge_arrives_in_time(flower_log):
     grid = FakeGrid(apps(2))
-    _, history, result = run(small_core(), grid, rounds=5, timeout=1)
+    _, history, result = run(small_core(), grid, rounds=5, timeout=3)
     assert len(history) == 2
     assert len(result.arrays) == len(digits_cnn().state_dict())
     assert any("No edge left to ask" in line for line in flower_log)
@@ -70,7 +70,7 @@ def test_an_edge_that_returns_under_another_node_id_is_not_asked_again():
         grid.online = [101]
 
     strategy = ClonedKD(small_core(), num_clones=1, on_round=swap)
-    strategy.start(grid, first(strategy.core), num_rounds=2, timeout=1)
+    strategy.start(grid, first(strategy.core), num_rounds=2, timeout=3)
     assert grid.trained() == [100]
 
 
@@ -269,7 +269,7 @@ def test_an_error_reply_is_refused_with_its_last_line(loop):
 def test_silence_is_given_up_on_after_the_timeout(loop):
     core, history = small_core(), []
     strategy = ClonedKD(core, num_clones=1, on_round=history.append)
-    loop(strategy, FakeGrid([silent, app()]), first(core), num_rounds=2, timeout=2)
+    loop(strategy, FakeGrid([silent, app()]), first(core), num_rounds=2, timeout=4)
     assert [row["accepted"] for row in history] == [0, 1]
     assert "expected an answer, got none in" in history[0]["cause"]
     assert history[0]["edge"] == "node 100"
