@@ -59,18 +59,18 @@ class CoreState:
     Args:
         params: the core model.
         memory: temporal memory, ensembles of the latest edges, newest last (Sec. 4.3).
-        memory_weights: the weight of each one's KD term, 1 unless it came late and was discounted;
-            empty is 1 for all.
         version: edges the core has learned from.
         train_accuracy: the core's accuracy on its own data after Phase 0, if it was measured, and
             after each accepted edge; fractions in [0, 1].
+        memory_weights: the weight of each one's KD term, 1 unless it came late and was discounted;
+            empty is 1 for all.
     """
 
     params: StateDict
     memory: tuple[Ensemble, ...] = ()
-    memory_weights: tuple[float, ...] = ()
     version: int = 0
     train_accuracy: tuple[float, ...] = ()
+    memory_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Core:
         if not accepted:
             return state, metrics
         history = (*state.train_accuracy, trained)
-        new = CoreState(params, memory, weights, state.version + 1, history)
+        new = CoreState(params, memory, state.version + 1, history, weights)
         return new, metrics
 
     def state(self, params: StateDict) -> CoreState:
