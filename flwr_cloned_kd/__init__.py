@@ -21,7 +21,7 @@ from .data import (
 )
 from .engine import Runtime, accuracy, fit, predict
 from .ensemble import Ensemble, StateDict, as_ensemble, clone, member
-from .guard import TrainAccuracyJump
+from .guard import TrainAccuracyDrop, TrainAccuracyJump
 from .losses import cross_entropy, distillation
 from .models import digits_cnn, initialise, resnet, resnet32
 from .recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
@@ -46,6 +46,7 @@ __all__ = [
     "Recipe",
     "Runtime",
     "StateDict",
+    "TrainAccuracyDrop",
     "TrainAccuracyJump",
     "Variant",
     "Venn",

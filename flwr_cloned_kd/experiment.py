@@ -26,10 +26,9 @@ from .data import (
     take,
 )
 from .engine import Runtime
-from .guard import TrainAccuracyJump
 from .recipe import AccuracyReached, Plateau, Recipe, fold_in
 from .report import Report
-from .settings import AUGMENTATIONS, BATCH_CLONES, Settings, build_model
+from .settings import AUGMENTATIONS, BATCH_CLONES, GUARDS, Settings, build_model
 from .strategy import ClonedKD
 from .variants import PRESETS, VARIANTS
 
@@ -97,7 +96,7 @@ def runtime(settings: Settings, device: str) -> Runtime:
 def build_core(settings: Settings) -> Core:
     """Assemble the core: its part of the data, its model, its recipes."""
     train, test = _load(settings)
-    num_classes = int(train[1].max()) + 1
+    num_classes, guard = int(train[1].max()) + 1, GUARDS[settings.guard]
     stop = Plateau(settings.plateau_patience) if settings.plateau_patience else None
     how = PRESETS[settings.preset](recipe(settings, settings.distill_epochs, stop=stop))
     if settings.distill_lr:
@@ -111,7 +110,7 @@ def build_core(settings: Settings) -> Core:
             temperature=settings.temperature or how.temperature,
             memory_size=settings.memory_size or VARIANTS[settings.variant].memory_size,
         ),
-        guard=TrainAccuracyJump(settings.guard_threshold) if settings.guard_threshold else None,
+        guard=guard(settings.guard_threshold) if guard is not None else None,
         held_out=test,
         seed=settings.seed,
         runtime=runtime(settings, settings.device),

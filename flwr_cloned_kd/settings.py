@@ -9,12 +9,14 @@ from torch import nn
 
 from .data import CropAndFlip
 from .engine import Runtime
+from .guard import TrainAccuracyDrop, TrainAccuracyJump
 from .models import digits_cnn, resnet
 from .recipe import fold_in
 from .variants import PRESETS, VARIANTS
 
 DATASETS = ("digits", "cifar100", "npz", "huggingface")
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox")
+GUARDS = {"none": None, "jump": TrainAccuracyJump, "drop": TrainAccuracyDrop}
 BATCH_CLONES = {"auto": None, "on": True, "off": False}
 AUGMENTATIONS = {
     "none": None,
@@ -43,8 +45,8 @@ class Settings:
         edge_accuracy_stop: Phase 1 ends at this training accuracy; 0 trains all epochs.
         plateau_patience: Phase 2 ends after so many epochs without progress; 0 trains all.
         noisy_edges: comma-separated partition ids whose labels are shuffled (Sec. 5.3).
-        guard_threshold: refuse an edge after which the core's training accuracy jumps by more;
-            0 is no guard.
+        guard: "none", or refuse an edge after which the core's training accuracy takes a "jump"
+            (Sec. 5.3) or a "drop" of more than `guard_threshold`, a fraction.
         strategy: one of cloned-kd, fedavg, fedprox, or several, comma-separated, run in turn.
         num_rounds: of cloned-kd; 0 visits every edge once.
         baseline_rounds: of fedavg and fedprox, each with all edges.
@@ -82,7 +84,8 @@ class Settings:
     plateau_patience: int = 0
     noisy_edges: str = ""
     noise_probability: float = 1.0
-    guard_threshold: float = 0.0
+    guard: str = "none"
+    guard_threshold: float = 0.1
     strategy: str = "cloned-kd"
     num_rounds: int = 0
     baseline_rounds: int = 9
@@ -121,6 +124,7 @@ class Settings:
         self._among("variant", tuple(VARIANTS))
         self._among("preset", tuple(PRESETS))
         self._among("augment", tuple(AUGMENTATIONS))
+        self._among("guard", tuple(GUARDS))
         self._among("batch_clones", tuple(BATCH_CLONES))
         for name in self.strategies:
             if name not in STRATEGIES:
@@ -130,11 +134,11 @@ class Settings:
             if getattr(self, name) < 1:
                 self._fail(name, "at least 1")
         for name in ("num_clones", "memory_size", "num_rounds", "plateau_patience", "lr",
-                     "distill_lr", "momentum", "weight_decay", "proximal_mu", "temperature",
-                     "guard_threshold"):  # fmt: skip
+                     "distill_lr", "momentum", "weight_decay", "proximal_mu",
+                     "temperature"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 self._fail(name, "at least 0")
-        for name in ("noise_probability", "edge_accuracy_stop"):
+        for name in ("noise_probability", "edge_accuracy_stop", "guard_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 self._fail(name, "a fraction, 0 to 1")
         for name in ("dirichlet_alpha", "timeout"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
-from flwr_cloned_kd import VARIANTS, Runtime
+from flwr_cloned_kd import VARIANTS, Runtime, TrainAccuracyDrop, TrainAccuracyJump
 from flwr_cloned_kd.experiment import build_core, build_edge, split
 from flwr_cloned_kd.settings import Settings
 
@@ -74,14 +74,16 @@ def test_whole_numbers_are_taken_for_fractions():
 def test_knobs_reach_what_they_are_for():
     settings = Settings(
         variant="CPP", preset="paper", memory_size=2, temperature=2, distill_lr=0.5,
-        plateau_patience=4, guard_threshold=0.2, distill_epochs=3, core_epochs=5,
+        plateau_patience=4, guard="jump", guard_threshold=0.2, distill_epochs=3, core_epochs=5,
         batch_clones="off", bf16=True, device="cpu",
     )  # fmt: skip
     core = build_core(settings)
     how = core.distillation
     assert (how.memory_size, how.temperature, how.recipe.lr, how.recipe.epochs) == (2, 2, 0.5, 3)
     assert how.recipe.stop.patience == 4
-    assert core.guard.threshold == 0.2
+    assert core.guard == TrainAccuracyJump(0.2)
+    assert build_core(Settings(guard="drop")).guard == TrainAccuracyDrop(0.1)
+    assert build_core(Settings()).guard is None
     assert core.recipe.epochs == 5
     assert core.runtime == Runtime(device="cpu", bf16=True, batch_clones=False)
     assert build_core(Settings(variant="CPP")).distillation.memory_size == 1
