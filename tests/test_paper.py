@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord
 
-from flwr_cloned_kd import edge_seed, take, train_edge
+from flwr_cloned_kd import FedAsync, edge_seed, take, train_edge
 from flwr_cloned_kd.experiment import build_core, load, recipe, split
 from flwr_cloned_kd.paper import cache, runs
-from flwr_cloned_kd.paper.__main__ import main
+from flwr_cloned_kd.paper.__main__ import _parser, base_settings, main
 from flwr_cloned_kd.paper.cache import all_records, key, records, stored
 from flwr_cloned_kd.paper.runs import Run, play, weighted_mean
 from flwr_cloned_kd.settings import Settings
@@ -167,10 +168,11 @@ def test_the_hash_is_of_what_determines_a_run(tiny):
         replace(run, settings=replace(tiny, seed=1)),
         replace(run, settings=replace(tiny, lr=0.2)),
         replace(run, kd_weight=2.0),
+        replace(run, mix=0.5),
         replace(run, distillation={"student_start": 1.0}),
         replace(run, order=((0, 0),)),
     ]
-    assert len({key(run), *map(key, others)}) == 6
+    assert len({key(run), *map(key, others)}) == 7
 
 
 @pytest.mark.slow
@@ -217,6 +219,17 @@ def test_keeping_the_clone_costs_no_distillation_and_fedavg_asks_everybody(tiny)
     assert kept[1]["tried-accuracy"] == kept[1]["edge-accuracy"]
 
 
+def test_a_share_of_the_clone_is_what_fedasync_makes_of_it(tiny):
+    one = replace(tiny, variant="CPP", num_rounds=1)
+    kept = [p.state for _, p in play(Run(settings=one, combine="average"))]
+    mixed = [p.state for _, p in play(Run(settings=one, combine="average", mix=0.3))]
+    strategy = FedAsync(alpha=0.3)
+    strategy.begin(ArrayRecord(kept[0].params))
+    strategy._learn(kept[1].params, kept[0].params, 1.0)
+    expected = strategy.arrays.to_torch_state_dict(keep_input=True)
+    assert all((mixed[1].params[name] == expected[name]).all() for name in expected)
+
+
 def test_weights_of_an_average_are_the_images_of_each_edge():
     ensemble = {"w": torch.tensor([[0.0], [4.0]]), "count": torch.tensor([3, 9])}
     found = weighted_mean(ensemble, [1, 3])
@@ -247,6 +260,10 @@ def test_central_data_is_one_phase(tiny):
         (["fig5", "--model", "resnet-9"], "--model: expected digits-cnn or resnet-DEPTH"),
         (["fig5", "--epochs", "x"], "argument --epochs: invalid int value: 'x'"),
         (["fig5", "--dataset", "npz", "--data-path", "no.npz"], "no.npz"),
+        (["fig5", "--schedule", "short"], "--schedule short: expected another dataset than digits"),
+        (["fig5", "--rows", "CPQ"], "--rows: expected some of IsPP; IPP; "),
+        (["fig8", "--rows", "CPP/clean"], "--rows: fig8 needs all its rows"),
+        (["all", "--rows", "CPP"], "--rows: fig7 needs all its rows"),
     ],
 )
 def test_a_bad_option_is_named(arguments, expected, capsys, tmp_path):
@@ -257,6 +274,29 @@ def test_a_bad_option_is_named(arguments, expected, capsys, tmp_path):
     assert status == 2
     assert expected in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_short_schedule_is_a_name_for_settings_that_can_be_overruled():
+    options = ["fig5", "--dataset", "npz", "--data-path", "x", "--schedule", "short"]
+    found = base_settings(_parser().parse_args(options))
+    assert (found.model, found.core_epochs, found.edge_epochs) == ("resnet-8", 12, 4)
+    found = base_settings(_parser().parse_args([*options, "--epochs", "6", "--model", "resnet-14"]))
+    assert (found.model, found.core_epochs, found.edge_epochs) == ("resnet-14", 12, 6)
+    full = base_settings(_parser().parse_args(options[:5]))
+    assert (full.model, full.core_epochs, full.distill_epochs) == ("resnet-32", 164, 164)
+
+
+def test_some_rows_are_the_same_rows(archive, tmp_path):
+    arguments = ["fig9", "--dataset", "npz", "--data-path", str(archive), "--model", "digits-cnn",
+                 "--num-edges", "2", "--epochs", "1", "--seeds", "1",
+                 "--out", str(tmp_path)]  # fmt: skip
+    assert main([*arguments, "--rows", "CPP"]) == 0
+    some = json.loads((tmp_path / "fig9.json").read_text())["result"]
+    assert main(arguments) == 0
+    every = json.loads((tmp_path / "fig9.json").read_text())["result"]
+    assert [*some] == ["CPP"]
+    assert len(every) == 3
+    assert some["CPP"] == every["CPP"]
 
 
 def test_help_says_how_to_go_on(capsys):

@@ -2,12 +2,13 @@
 
 import json
 import sys
-from math import pi
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from test_paper import archive  # noqa: F401
 
-from flwr_cloned_kd.paper import controls, experiments
+from flwr_cloned_kd.paper import controls, experiments, figures
 from flwr_cloned_kd.paper.__main__ import main
 from flwr_cloned_kd.paper.controls import CONTROLS
 from flwr_cloned_kd.paper.experiments import (
@@ -19,37 +20,28 @@ from flwr_cloned_kd.paper.experiments import (
     roc,
     spread,
 )
-from flwr_cloned_kd.paper.venn import circles, lens
 from flwr_cloned_kd.settings import Settings
 
 
-def test_equal_circles_a_radius_apart_share_the_textbook_lens():
-    # 2 r^2 acos(d / 2r) - d/2 sqrt(4 r^2 - d^2) at r = d = 1: 2 pi / 3 - sqrt(3) / 2.
-    assert lens(1, 1, 1) == pytest.approx(2 * pi / 3 - 3**0.5 / 2)
-    assert lens(1, 1, 2) == lens(1, 1, 3) == 0
-    assert lens(2, 1, 0.5) == pytest.approx(pi)  # the small one lies inside
-    # Its centre beyond the chord: all but a sliver. Areas add up on both sides of that.
-    assert lens(2, 1, 1.2) == pytest.approx(lens(1, 2, 1.2))
-    assert pi * 0.9 < lens(2, 1, 1.05) < pi
+def test_venn_circles_have_one_scale_for_all_panels():
+    venns = [
+        {"student_only": 0.04, "both": 0.67, "teacher_only": 0.24},
+        {"student_only": 0.2, "both": 0.1, "teacher_only": 0.0},
+    ]
+    for venn in venns:
+        axes = Figure().subplots()
+        figures._venn(axes, venn)
+        assert np.ptp(axes.get_xlim()) == 2
+        # The two exclusive regions and the common one, each a patch: their areas are the shares.
+        found = [area(patch) for patch in axes.patches]
+        shares = venn["student_only"], venn["teacher_only"], venn["both"]
+        assert found == pytest.approx(shares, abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    "areas", [(0.3, 0.4, 0.1), (0.04, 0.67, 0.24), (0.5, 0, 0.2), (0, 0.6, 0.3), (0.2, 0.5, 0)]
-)
-def test_all_three_regions_are_to_scale(areas):
-    left, right, distance = circles(*areas)
-    both = lens(left, right, distance)
-    found = (pi * left**2 - both, both, pi * right**2 - both)
-    assert found == pytest.approx(areas, abs=1e-9)
-
-
-def test_equal_sets_are_one_circle():
-    assert circles(0, 0.5, 0).distance == pytest.approx(0)
-
-
-def test_a_negative_area_is_refused():
-    with pytest.raises(ValueError, match="expected at least 0"):
-        circles(-0.1, 0.5, 0.1)
+def area(patch):
+    (polygon, *_) = patch.get_path().to_polygons(closed_only=True) or [np.zeros((1, 2))]
+    x, y = polygon.T
+    return abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
 
 
 def test_a_spread_is_the_mean_and_the_sample_deviation():

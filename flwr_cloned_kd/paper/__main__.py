@@ -17,7 +17,7 @@ from ..experiment import load
 from ..report import write_atomically
 from ..settings import Settings
 from .cache import all_records, key, stored
-from .experiments import FIGURES, Plan, Results
+from .experiments import FIGURES, Plan, Results, choose
 
 OVERVIEW = ("fig5", "controls", "fig8", "fig7")
 NO_PICTURE = 'No picture: it needs matplotlib, pip install "flwr-cloned-kd[plots]"'
@@ -28,8 +28,10 @@ determines them: the same command again goes on where it was interrupted, and fi
   python -m flwr_cloned_kd.paper fig5 --seeds 5 --out results/paper
   python -m flwr_cloned_kd.paper all --dataset npz --data-path cifar100.npz --seeds 3
   python -m flwr_cloned_kd.paper fig5 --dataset npz --data-path cifar100.npz --seeds 2 \\
-      --model resnet-8 --epochs 12 --core-epochs 12     # a short schedule, for a CPU
+      --schedule short --rows CPP IPP CEM practical      # hours on a CPU
 """
+SHORT = {"model": "resnet-8", "core_epochs": 12, "epochs": 4}
+"""--schedule short: what a CPU does of CIFAR-100 in hours; the paper's schedule takes it months."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, "
                                  f"got {getattr(options, name)}")  # fmt: skip
         lesser = min(options.lesser_seeds, options.seeds)
-        plans = {name: FIGURES[name].plan(base, options.seeds, lesser) for name in names}
+        plans = {
+            name: choose(name, FIGURES[name].plan(base, options.seeds, lesser), options.rows)
+            for name in names
+        }
     except (ValueError, OSError, ImportError) as error:
         print(str(error).replace("run-config ", "--"), file=sys.stderr)
         return 2
@@ -58,15 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def base_settings(options: argparse.Namespace) -> Settings:
     """Make the settings that all runs share: the digits demo's, or the paper's on CIFAR-100."""
-    digits = options.dataset == "digits"
-    epochs = options.epochs or (30 if digits else 164)
+    digits, short = options.dataset == "digits", options.schedule == "short"
+    if digits and short:
+        raise ValueError("--schedule short: expected another dataset than digits, which are quick")
+    usual: dict[str, Any] = SHORT if short else {"model": "resnet-32", "epochs": 164}
+    if digits:
+        usual = {"model": "digits-cnn", "epochs": 30, "core_epochs": 12}
+    epochs = options.epochs or usual["epochs"]
     return Settings(
         dataset=options.dataset,
         data_path=options.data_path,
-        model=options.model or ("digits-cnn" if digits else "resnet-32"),
+        model=options.model or usual["model"],
         augment="none" if digits else "crop-and-flip",
         num_edges=options.num_edges,
-        core_epochs=options.core_epochs or (12 if digits else epochs),
+        core_epochs=options.core_epochs or usual.get("core_epochs", epochs),
         edge_epochs=epochs,
         distill_epochs=epochs,
         device=options.device,
@@ -150,12 +160,16 @@ def _parser() -> argparse.ArgumentParser:
     add("figure", choices=[*FIGURES, "overview", "all"], help="which experiment")
     add("--dataset", choices=["digits", "cifar100", "npz"], default="digits")
     add("--data-path", default="", help="folder of cifar100, or the archive of npz")
+    add("--schedule", choices=["full", "short"], default="full",
+        help="short: ResNet-8, 12 epochs in Phase 0 and 4 after (default: full)")  # fmt: skip
+    add("--rows", nargs="+", default=[], metavar="ROW",
+        help="only these rows of a figure, by their names in its JSON")  # fmt: skip
     add("--seeds", type=int, default=5, help="0, 1, ... (default: 5)")
     add("--lesser-seeds", type=int, default=3, help="of lesser controls (default: 3)")
-    add("--epochs", type=int, default=0, help="of Phases 1 and 2 (digits: 30, others: 164)")
-    add("--core-epochs", type=int, default=0, help="of Phase 0 (digits: 12, others: --epochs)")
+    add("--epochs", type=int, default=0, help="of Phases 1 and 2 (digits: 30, full: 164, short: 4)")
+    add("--core-epochs", type=int, default=0, help="of Phase 0 (digits, short: 12, full: --epochs)")
     add("--num-edges", type=int, default=9, help="(default: 9)")
-    add("--model", default="", help="resnet-DEPTH (others than digits: resnet-32)")
+    add("--model", default="", help="(digits: digits-cnn, full: resnet-32, short: resnet-8)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--out", type=Path, default=Path("results/paper"), help="(default: ./results/paper)")
     add("--jobs", type=int, default=1, help="runs side by side (default: 1)")

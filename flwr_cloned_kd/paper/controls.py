@@ -34,16 +34,22 @@ def _all(base: Settings) -> int:
     return base.num_edges
 
 
+def _three_in_flight(base: Settings) -> tuple[tuple[int, int], ...]:
+    """Every edge once, sent the core as it was when two others were under way."""
+    return tuple((edge, min(edge, 2)) for edge in range(base.num_edges))
+
+
 def _epochs(times: int) -> Any:
     return lambda base: times * base.edge_epochs
 
 
 AVERAGE: dict[str, Any] = {**CPP, "combine": "average"}
 FEDAVG: dict[str, Any] = {**AVERAGE, "edges_per_round": _all, "num_rounds": _all}
-FEDPROX: dict[str, Any] = {**FEDAVG, "proximal_mu": 0.01}
+FEDAVG_2: dict[str, Any] = {**FEDAVG, "num_rounds": 2}
+FEDPROX: dict[str, Any] = {"proximal_mu": 0.01}
+THREE: dict[str, Any] = {"edges_per_round": lambda base: min(3, base.num_edges)}
 FEDDF: dict[str, Any] = {"variant": "CPP", "preset": "practical", "edges_per_round": _all,
                          "num_rounds": 2}  # fmt: skip
-SIDE_BY_SIDE: dict[str, Any] = {**CPP, "edges_per_round": lambda base: min(3, base.num_edges)}
 NO_EDGES: dict[str, Any] = {"variant": "CPP", "edge_data": "none", "kd_weight": 0.0}
 
 
@@ -56,12 +62,22 @@ CONTROLS = [
     Control("methods", "CEM, paper", CEM),
     Control("methods", "CPP, paper", CPP),
     Control("baselines", "keep the clone", AVERAGE),
-    Control("baselines", "FedAvg, 1 round", FEDAVG, after=1),
-    Control("baselines", "FedAvg, 2 rounds", FEDAVG, after=2),
+    Control("baselines", "FedAvg, 1 round", FEDAVG_2, after=1),
+    Control("baselines", "FedAvg, 2 rounds", FEDAVG_2),
     Control("baselines", "FedAvg, 9 rounds", FEDAVG),
-    Control("baselines", "FedProx, 1 round", FEDPROX, False, 1),
-    Control("baselines", "FedProx, 2 rounds", FEDPROX, False, 2),
-    Control("baselines", "FedProx, 9 rounds", FEDPROX, False),
+    Control("baselines", "FedProx, 1 round", FEDAVG_2 | FEDPROX, False, 1),
+    Control("baselines", "FedProx, 2 rounds", FEDAVG_2 | FEDPROX, False),
+    Control("baselines", "FedProx, 9 rounds", FEDAVG | FEDPROX, False),
+    *(
+        Control("baselines", f"FedAsync, alpha {alpha}", {**AVERAGE, "mix": alpha}, False)
+        for alpha in (0.3, 0.6, 0.9)
+    ),
+    Control("baselines", "FedAsync, alpha 0.6, 3 in flight",
+            {**AVERAGE, "mix": 0.6, "order": _three_in_flight}, False),
+    *(
+        Control("baselines", f"FedBuff, K 3, lr {lr}", {**AVERAGE, **THREE, "mix": lr}, False)
+        for lr in (0.5, 1.0)
+    ),
     Control("baselines", "average, then distil (FedDF), 1 round", FEDDF, after=1),
     Control("baselines", "average, then distil (FedDF), 2 rounds", FEDDF),
     Control("without edges", "core only", CPP, after=0),
@@ -74,7 +90,8 @@ CONTROLS = [
             {"central": True, "core_epochs": _epochs(3)}),
     Control("equal bytes", "3 clones of 3 edges, in turn", CEP, after=3),
     Control("equal bytes", "1 clone of 6 edges, in turn", CPP, after=6),
-    Control("equal bytes", "1 clone of 6 edges, 3 side by side", SIDE_BY_SIDE, after=2),
+    Control("equal bytes", "1 clone of 6 edges, 3 side by side", {**CPP, **THREE},
+            after=2),
     Control("memory", "memory 1 (CEP)", CEP),
     Control("memory", "memory 2", {**CEM, "memory_size": 2}, False),
     Control("memory", "memory 3 (CEM)", CEM),
@@ -106,7 +123,7 @@ CONTROLS = [
         for alpha in (1.0, 0.3, 0.1)
         for name, method, after in (("CEM practical", PRACTICAL, None), ("CPP paper", CPP, None),
                                     ("keep the clone", AVERAGE, None),
-                                    ("FedAvg 2 rounds", {**FEDAVG, "num_rounds": 2}, 2))
+                                    ("FedAvg 2 rounds", FEDAVG_2, None))
     ),
 ]  # fmt: skip
 

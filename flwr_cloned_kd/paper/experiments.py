@@ -37,6 +37,8 @@ class Figure(NamedTuple):
     plan: Callable[[Settings, int, int], Plan]
     """(base settings, seeds, seeds of lesser rows) -> runs."""
     reduce: Callable[[Results], Summary]
+    apart: bool = True
+    """Whether each row can be read without the others."""
 
 
 def over_seeds(base: Settings, seeds: int, **changes: Any) -> list[Run]:
@@ -272,6 +274,8 @@ def reduce_controls(results: Results) -> Summary:
     """One row each: accuracy after the last round or an earlier one, and what it cost by then."""
     found: Summary = {}
     for control in CONTROLS:
+        if control.name not in results:
+            continue
         runs = results[control.name]
         stop = len(runs[0]) if control.after is None else min(1 + control.after, len(runs[0]))
         found[control.name] = {
@@ -283,6 +287,19 @@ def reduce_controls(results: Results) -> Summary:
     return found
 
 
+def choose(name: str, plan: Plan, rows: Sequence[str]) -> Plan:
+    """Keep the named rows of a figure's plan; none named keeps all.
+
+    Raises:
+        ValueError: for a row that is not there, or a figure whose rows are read together.
+    """
+    if rows and not FIGURES[name].apart:
+        raise ValueError(f"--rows: {name} needs all its rows")
+    if unknown := [row for row in rows if row not in plan]:
+        raise ValueError(f"--rows: expected some of {'; '.join(plan)}; got {unknown[0]!r}")
+    return {row: plan[row] for row in plan if row in rows or not rows}
+
+
 def _consensus(venn: dict[str, float]) -> float:
     union = sum(venn.values())
     return venn["both"] / union if union else 0.0
@@ -292,8 +309,8 @@ FIGURES = {
     "fig4": Figure("Correct before and after Phase 2", _methods("IPP", "CPP"), reduce_venn),
     "fig5": Figure("All variants", _methods(), reduce_variants),
     "fig6": Figure("Consensus", _methods("IPP", "IPM", "CPP", "CPM"), reduce_consensus),
-    "fig7": Figure("A late edge", plan_lag, reduce_lag),
-    "fig8": Figure("Noisy edges and guards", plan_noise, reduce_noise),
+    "fig7": Figure("A late edge", plan_lag, reduce_lag, apart=False),
+    "fig8": Figure("Noisy edges and guards", plan_noise, reduce_noise, apart=False),
     "fig9": Figure("On the edges' own data", _methods("CPP", "CEM", OURS), reduce_own),
     "controls": Figure("Baselines and controls", plan_controls, reduce_controls),
 }

@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle
+from matplotlib_venn import venn2
+from matplotlib_venn.layout.venn2 import DefaultLayoutAlgorithm
 
 from .experiments import LAG, NOISE, NOISY_ROUNDS, OURS
-from .venn import circles
 
 Data = dict[str, Any]
 
@@ -105,22 +105,23 @@ def draw_venn(result: Data) -> Figure:
 
 def _venn(axes: Axes, venn: Data) -> None:
     shares = venn["student_only"], venn["both"], venn["teacher_only"]
-    left, right, distance = circles(*shares)
-    axes.add_patch(Circle((0, 0), left, facecolor=BLUE, alpha=0.35))
-    axes.add_patch(Circle((distance, 0), right, facecolor=ORANGE, alpha=0.4))
-    for x, radius, colour in ((0.0, left, BLUE), (distance, right, ORANGE)):
-        axes.add_patch(Circle((x, 0), radius, fill=False, edgecolor=colour, linewidth=1.8))
-    low, high = min(-left, distance - right), max(left, distance + right)
-    middle = (max(-left, distance - right) + min(left, distance + right)) / 2
+    # One scale for all panels, here and in the limits: by default each union would fill its own.
+    layout = DefaultLayoutAlgorithm(normalize_to=sum(shares))
+    circles = venn2((shares[0], shares[2], shares[1]), ax=axes, set_labels=None,
+                    set_colors=(BLUE, ORANGE), layout_algorithm=layout,
+                    subset_label_formatter=lambda share: "")  # fmt: skip
+    (left, right), radii = (centre.x for centre in circles.centers), circles.radii
+    starts, ends = (left - radii[0], right - radii[1]), (left + radii[0], right + radii[1])
     text = {"ha": "center", "va": "center", "fontsize": 10}
-    axes.text(middle, 0, f"both\n{shares[1]:.3f}", **text)  # type: ignore[arg-type]
+    axes.text((max(starts) + min(ends)) / 2, 0, f"both\n{shares[1]:.3f}", **text)  # type: ignore[arg-type]
     # Slivers are too thin for text: the numbers stand outside.
-    axes.text(low - 0.17, 0, f"core\nonly\n{shares[0]:.3f}", color=BLUE, **text)  # type: ignore[arg-type]
-    axes.text(high + 0.17, 0, f"edge\nonly\n{shares[2]:.3f}", color="#9a6a00", **text)  # type: ignore[arg-type]
-    top = max(left, right)
-    axes.set_xlim(low - 0.32, high + 0.32)
-    axes.set_ylim(-1.08 * top, 1.08 * top)
+    axes.text(min(starts) - 0.17, 0, f"core\nonly\n{shares[0]:.3f}", color=BLUE, **text)  # type: ignore[arg-type]
+    axes.text(max(ends) + 0.17, 0, f"edge\nonly\n{shares[2]:.3f}", color="#9a6a00", **text)  # type: ignore[arg-type]
+    middle = (min(starts) + max(ends)) / 2
+    axes.set_xlim(middle - 1.0, middle + 1.0)
+    axes.set_ylim(-0.6, 0.6)  # a circle of everything has radius 0.564
     axes.set_aspect("equal")
+    axes.set_axis_on()  # for the words below
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -256,7 +257,8 @@ def _roc(axes: Axes, result: Data, method: str) -> None:
 def draw_own(result: Data) -> Figure:
     """Draw Fig. 9: the core on the data of the edge it meets, before and after."""
     figure = page(3.8, 11.0)
-    for axes, (name, found) in zip(figure.subplots(1, len(result), sharey=True), result.items()):
+    panels = figure.subplots(1, len(result), sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(panels, result.items()):
         band(axes, found["before"], color=VERMILION, marker="s", label="before", linestyle="--")
         band(axes, found["after"], color=BLUE, marker="o", label="after")
         rounds_axis(axes, "", found["after"]["rounds"][-1])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..averages import cast
 from ..consensus import Venn
 from ..core import Core, CoreState, edge_seed, train_edge
 from ..data import Dataset, shuffle_labels, take
@@ -29,8 +30,10 @@ class Run:
     Args:
         settings: data, model, variant, preset, recipes, noise, guard and seed.
         distillation: fields of `Distillation` that differ from the preset's.
-        combine: "distill" (Phase 2) or "average" (the clones, weighted by their images, replace
-            the core; with one edge a round this keeps the clone, with all it is FedAvg).
+        combine: "distill" (Phase 2) or "average" (the clones, weighted by their images; with one
+            edge a round this keeps the clone, with all it is FedAvg).
+        mix: share of an average in the new core, above 0 to 1: FedAsync's alpha with one edge a
+            round, FedBuff's server learning rate with K side by side.
         edges_per_round: asked side by side; their clones make one ensemble.
         order: (edge, rounds late) for each round: a late edge was sent the core of so many rounds
             before; empty is every edge in turn, none late.
@@ -45,6 +48,7 @@ class Run:
     settings: Settings
     distillation: dict[str, Any] = field(default_factory=dict)
     combine: str = "distill"
+    mix: float = 1.0
     edges_per_round: int = 1
     order: tuple[tuple[int, int], ...] = ()
     edge_data: str = "private"
@@ -156,7 +160,7 @@ def _round(run: Run, stage: _Stage, before: Progress) -> tuple[Record, Progress]
     sent = stage.send(origin)
     ensemble, sizes, own = _expedition(run, stage, sent, edges, server_round)
     if run.combine == "average":
-        state, metrics = _average(core, before.state, ensemble, sizes)
+        state, metrics = _average(core, before.state, ensemble, sizes, run.mix)
     else:
         bad = run.oracle and any(str(edge) in run.settings.noisy for edge in edges)
         judge = replace(core, guard=lambda history, found: True) if bad else core
@@ -238,11 +242,17 @@ def weighted_mean(ensemble: Ensemble, weights: list[int]) -> StateDict:
 
 
 def _average(
-    core: Core, state: CoreState, ensemble: Ensemble, sizes: list[int]
+    core: Core, state: CoreState, ensemble: Ensemble, sizes: list[int], mix: float
 ) -> tuple[CoreState, dict[str, float]]:
-    """McMahan et al. 2017: the clones' mean, each edge by its images, is the new core."""
+    """McMahan et al. 2017: the clones' mean, each edge by its images, moves the core to it."""
     each = len(next(iter(ensemble.values()))) // len(sizes)
     params = weighted_mean(ensemble, [size for size in sizes for _ in range(each)])
+    if mix < 1:
+        mixed = {
+            name: (1 - mix) * tensor.double() + mix * params[name].double()
+            for name, tensor in state.params.items()
+        }
+        params = cast(mixed, state.params)
     trained = core.train_accuracy(params)
     labels = core.held_out[1] if core.held_out else core.dataset[1]
     found = accuracy(_logits(core, ensemble), labels)
