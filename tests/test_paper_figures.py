@@ -89,7 +89,7 @@ def test_lag_is_sec_5_2():
 
 def test_noise_comes_at_rounds_4_and_7():
     plan = plan_noise(Settings(), 2, 1)
-    assert {run.settings.noisy_edges for run in plan["CPP/none/1.0"]} == {"3,6"}
+    assert {run.settings.noisy_edges for run in plan["CPP/accepted/1.0"]} == {"3,6"}
     assert [len(plan[f"CPP/omitted/{p}"]) for p in (0.3, 1.0)] == [1, 2]
     assert plan["CPP/clean"][0].settings.noisy_edges == ""
 
@@ -143,10 +143,17 @@ def test_every_figure_comes_out(archive, tmp_path, monkeypatch):  # noqa: F811
     for name in FIGURES:
         data = json.loads((tmp_path / f"{name}.json").read_text())
         assert data["result"]
+        assert (tmp_path / f"{name}.md").read_text().count("\n| ") >= 2 + len(some_rows(name, data))
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
     shared = {path.name for path in (tmp_path / "runs").iterdir()}
     assert not any(name.endswith(".safetensors") for name in shared)
+
+
+def some_rows(name, data):
+    if name == "fig7":
+        return {row.split()[0] for row in data["result"]}
+    return [row for row in data["result"] if "/roc/" not in row]
 
 
 def test_an_overview_says_what_it_lacks(tmp_path, capsys):

@@ -18,12 +18,13 @@ from ..report import write_atomically
 from ..settings import Settings
 from .cache import all_records, key, stored
 from .experiments import FIGURES, Plan, Results, choose
+from .tables import table
 
 OVERVIEW = ("fig5", "controls", "fig8", "fig7")
 NO_PICTURE = 'No picture: it needs matplotlib, pip install "flwr-cloned-kd[plots]"'
 EPILOG = """\
-Results go to OUT/FIGURE.json and OUT/FIGURE.png. Rounds are kept under OUT/runs by the hash of what
-determines them: the same command again goes on where it was interrupted, and figures share runs.
+Results go to OUT/FIGURE.json, .md (a table) and .png. Rounds are kept under OUT/runs by the hash of
+what determines them: the same command again goes on where it was interrupted; figures share runs.
 
   python -m flwr_cloned_kd.paper fig5 --seeds 5 --out results/paper
   python -m flwr_cloned_kd.paper all --dataset npz --data-path cifar100.npz --seeds 3
@@ -105,7 +106,7 @@ def play_all(name: str, plan: Plan, options: argparse.Namespace) -> Results:
 
 
 def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) -> None:
-    """Write FIGURE.json, and FIGURE.png where there is matplotlib."""
+    """Write FIGURE.json and FIGURE.md, and FIGURE.png where there is matplotlib."""
     figure = FIGURES[name]
     data: dict[str, Any] = {
         "figure": name,
@@ -121,6 +122,7 @@ def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) ->
     }
     path = out / f"{name}.json"
     write_atomically(path, json.dumps(data, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), table(data))
     try:
         from .figures import draw
     except ImportError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -28,6 +29,12 @@ METHODS: dict[str, dict[str, Any]] = {
 NOISY_ROUNDS = (4, 7)
 NOISE = (0.3, 0.6, 1.0)
 GUARD_SCORES = ("jump", "drop")
+ANSWERS: dict[str, dict[str, Any]] = {
+    "accepted": {},
+    "omitted": {"oracle": True},
+    **{guard: {"guard": guard} for guard in GUARD_SCORES},
+}
+"""What becomes of noisy edges."""
 
 
 class Figure(NamedTuple):
@@ -173,12 +180,9 @@ def plan_noise(base: Settings, seeds: int, lesser: int) -> Plan:
     for method in ("CPP", OURS):
         row = METHODS[method]
         found[f"{method}/clean"] = over_seeds(base, seeds, **row)
-        found[f"{method}/none/1.0"] = over_seeds(base, seeds, **row, **bad)
-        for p in NOISE:
-            how: dict[str, Any] = row | bad | {"oracle": True, "noise_probability": p}
-            found[f"{method}/omitted/{p}"] = over_seeds(base, seeds if p == 1 else lesser, **how)
-        for guard in GUARD_SCORES:
-            found[f"{method}/{guard}/1.0"] = over_seeds(base, seeds, **row, **bad, guard=guard)
+        for p, (case, how) in product(NOISE, ANSWERS.items()):
+            changes: dict[str, Any] = row | bad | how | {"noise_probability": p}
+            found[f"{method}/{case}/{p}"] = over_seeds(base, seeds if p == 1 else lesser, **changes)
     return found
 
 

@@ -205,7 +205,7 @@ def draw_lag(result: Data) -> Figure:
 
 NOISE_LINES = {
     "clean": ("no noisy edge", BLUE, "o", "-"),
-    "none/1.0": ("noisy, accepted", VERMILION, "s", "-"),
+    "accepted/1.0": ("noisy, accepted", VERMILION, "s", "-"),
     "omitted/1.0": ("noisy, omitted", GREEN, "^", "--"),
 }
 

@@ -47,7 +47,7 @@ def draw_overview(found: dict[str, Data], path: Path) -> None:
     learning.set_title("(a) one edge a round, each asked once", fontsize=10)
     learning.legend(fontsize=8, loc="lower right")
     _price(price, controls)
-    lines = {"clean": NOISE_LINES["clean"], "none/1.0": NOISE_LINES["none/1.0"],
+    lines = {"clean": NOISE_LINES["clean"], "accepted/1.0": NOISE_LINES["accepted/1.0"],
              "drop/1.0": ("noisy, guard refuses", GREEN, "^", "--")}  # fmt: skip
     for case, (label, colour, marker, line) in lines.items():
         curve = found["fig8"]["result"][f"{OURS}/{case}"]["core"]
