@@ -11,15 +11,9 @@ from test_paper import archive  # noqa: F401
 from flwr_cloned_kd.paper import controls, experiments, figures
 from flwr_cloned_kd.paper.__main__ import main
 from flwr_cloned_kd.paper.controls import CONTROLS
-from flwr_cloned_kd.paper.experiments import (
-    FIGURES,
-    guard_scores,
-    plan_lag,
-    plan_noise,
-    reduce_lag,
-    roc,
-    spread,
-)
+from flwr_cloned_kd.paper.experiments import FIGURES, plan_lag, reduce_lag
+from flwr_cloned_kd.paper.noise import guard_scores, plan_noise, roc
+from flwr_cloned_kd.paper.seeds import spread
 from flwr_cloned_kd.settings import Settings
 
 

@@ -17,7 +17,8 @@ from ..experiment import load
 from ..report import write_atomically
 from ..settings import Settings
 from .cache import all_records, key, stored
-from .experiments import FIGURES, Plan, Results, choose
+from .experiments import FIGURES, choose
+from .seeds import Plan, Results
 from .tables import table
 
 OVERVIEW = ("fig5", "controls", "fig8", "fig7")

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib_venn import venn2
 from matplotlib_venn.layout.venn2 import DefaultLayoutAlgorithm
 
-from .experiments import LAG, NOISE, NOISY_ROUNDS, OURS
+from .experiments import LAG
+from .noise import NOISE, NOISY_ROUNDS
+from .seeds import OURS
 
 Data = dict[str, Any]
 

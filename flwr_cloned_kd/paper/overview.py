@@ -4,7 +4,6 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from .experiments import OURS
 from .figures import (
     BLACK,
     BLUE,
@@ -21,6 +20,7 @@ from .figures import (
     rounds_axis,
     style_of,
 )
+from .seeds import OURS
 
 AT_WHAT_COST = {
     "CEM, practical (ours)": ("ours", BLUE, "*", -3),

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .experiments import GUARD_SCORES, LAG
+from .experiments import LAG
+from .noise import GUARD_SCORES
 
 Data = dict[str, Any]
 Rows = Iterable[list[str]]
