@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from flwr_cloned_kd import FedAsync, edge_seed, take, train_edge
+from flwr_cloned_kd._checkpoint import previous
 from flwr_cloned_kd.experiment import build_core, load, recipe, split
 from flwr_cloned_kd.paper import cache, runs
 from flwr_cloned_kd.paper.__main__ import _parser, base_settings, main
@@ -102,7 +106,7 @@ def test_a_run_killed_after_any_round_ends_as_if_never_stopped(tiny, tmp_path, c
         played = []
         assert records(run, folder, on_round=lambda: played.append(1)) == whole  # noqa: B023
         assert len(played) == 4 - rounds
-        assert [path.name for path in folder.iterdir()] == [f"{key(run)}.jsonl"]
+        assert {path.suffix for path in folder.iterdir()} == {".jsonl", ".lock"}
 
 
 def test_a_kill_between_the_records_and_the_core_costs_that_round_only(tiny, tmp_path, monkeypatch):
@@ -151,14 +155,52 @@ def test_a_damaged_file_is_named_and_computed_again(tiny, tmp_path, flower_log, 
     assert any(path.name in line and "damaged" in line for line in flower_log)
 
 
-def test_a_damaged_core_starts_its_run_again(tiny, tmp_path, flower_log):
+@pytest.mark.parametrize(("damaged", "played"), [(1, 3), (2, 4)])
+def test_a_damaged_core_costs_one_round_and_two_start_the_run_again(
+    tiny, tmp_path, flower_log, damaged, played
+):
     run = Run(settings=tiny)
     with pytest.raises(Killed):
         records(run, tmp_path, on_round=kill_after(2))
     checkpoint = tmp_path / f"{key(run)}.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
-    assert records(run, tmp_path) == records(run, tmp_path / "whole")
-    assert any("truncated" in line for line in flower_log)
+    for path in (checkpoint, previous(checkpoint))[:damaged]:
+        path.write_bytes(path.read_bytes()[:-9])
+    ticks = []
+    assert records(run, tmp_path, on_round=lambda: ticks.append(1)) == records(run, tmp_path / "w")
+    assert len(ticks) == played
+    assert any(f"{key(run)}.safetensors" in line for line in flower_log)
+
+
+def test_records_are_of_the_data_and_not_of_its_path(tiny, archive, tmp_path):
+    run, other = Run(settings=tiny), tmp_path / "other.npz"
+    other.write_bytes(archive.read_bytes())
+    there = Run(settings=replace(tiny, data_path=str(other)))
+    assert key(there) == key(run)
+    with np.load(archive) as found:
+        np.savez(tmp_path / "changed.npz", **dict(found) | {"y_test": 1 - found["y_test"]})
+    changed = Run(settings=replace(tiny, data_path=str(tmp_path / "changed.npz")))
+    assert key(changed) != key(run)
+
+
+def test_when_one_run_fails_the_others_end_with_their_round(tiny, tmp_path):
+    run, stop = Run(settings=tiny), threading.Event()
+    cache._begin(torch.get_num_threads(), multiprocessing.Value("q", 0), stop)
+    stop.set()
+    with pytest.raises(cache._Stopped):
+        cache._work(run, tmp_path)
+    assert len(stored(run, tmp_path)) == 1
+    stop.clear()
+    assert cache._work(run, tmp_path) == records(run, tmp_path / "whole")
+
+
+def test_two_that_want_one_run_play_it_once(tiny, tmp_path):
+    run, played = Run(settings=tiny), []
+    with ThreadPoolExecutor(2) as pool:
+        wanted = [pool.submit(records, run, tmp_path, on_round=lambda: played.append(1))
+                  for _ in range(2)]  # fmt: skip
+    first, second = (future.result() for future in wanted)
+    assert first == second
+    assert len(played) == 4
 
 
 def test_the_hash_is_of_what_determines_a_run(tiny):
@@ -256,6 +298,8 @@ def test_central_data_is_one_phase(tiny):
         (["fig3"], "invalid choice: 'fig3'"),
         (["fig5", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["fig5", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["fig5", "--core-epochs", "-1"], "--core-epochs: expected at least 1, got -1"),
+        (["fig8", "--num-edges", "1"], "--num-edges: expected at least 2, an honest and a noisy"),
         (["fig5", "--dataset", "npz"], "--data-path: expected where the npz data is, got ''"),
         (["fig5", "--model", "resnet-9"], "--model: expected digits-cnn or resnet-DEPTH"),
         (["fig5", "--epochs", "x"], "argument --epochs: invalid int value: 'x'"),

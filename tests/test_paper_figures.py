@@ -119,11 +119,11 @@ def tiny(figure, archive, out, num_edges=2):  # noqa: F811
 SOME = {
     "CEM, practical (ours)",
     "CPP, paper",
-    "FedProx, 9 rounds",
+    "FedProx, R rounds",
     "average, then distil (FedDF), 2 rounds",
     "core only",
     "all data central",
-    "1 clone of 6 edges, 3 side by side",
+    "memory 1, KD weight x 3",
     "CPP paper, alpha 1.0",
 }
 
@@ -148,6 +148,22 @@ def some_rows(name, data):
     if name == "fig7":
         return {row.split()[0] for row in data["result"]}
     return [row for row in data["result"] if "/roc/" not in row]
+
+
+def test_an_overview_names_the_row_it_lacks(archive, tmp_path, capsys):  # noqa: F811
+    for name in ("controls", "fig5", "fig7", "fig8"):
+        result = {"result": {}, "seeds": {"CPP": 1}, "settings": {"dataset": "x", "num_edges": 2}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    assert main(["overview", "--out", str(tmp_path)]) == 2
+    assert "expected the row 'IsPP' too" in capsys.readouterr().err
+
+
+def test_rows_that_need_more_edges_are_left_out():
+    few, many = (FIGURES["controls"].plan(Settings(num_edges=n), 1, 1) for n in (3, 6))
+    assert many.keys() - few.keys() == {
+        "1 clone of 6 edges, in turn",
+        "1 clone of 6 edges, 3 side by side",
+    }
 
 
 def test_an_overview_says_what_it_lacks(tmp_path, capsys):

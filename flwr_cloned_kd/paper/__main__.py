@@ -41,12 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     names = [name for name in FIGURES if options.figure in (name, "all")]
     try:
+        for name in ("seeds", "lesser_seeds", "jobs", "threads", "epochs", "core_epochs"):
+            number = getattr(options, name)
+            if number is not None and number < 1:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: expected at least 1, got {number}")
         base = base_settings(options)
-        load(base)  # before hours of work, does the data exist?
-        for name in ("seeds", "lesser_seeds", "jobs", "threads"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, "
-                                 f"got {getattr(options, name)}")  # fmt: skip
+        if names:
+            load(base)  # before hours of work, does the data exist?
         lesser = min(options.lesser_seeds, options.seeds)
         plans = {
             name: choose(name, FIGURES[name].plan(base, options.seeds, lesser), options.rows)
@@ -146,7 +148,12 @@ def overview(out: Path) -> int:
     except ImportError:
         print(NO_PICTURE)
         return 0
-    draw_overview(found, out / "overview.png")
+    try:
+        draw_overview(found, out / "overview.png")
+    except KeyError as error:
+        print(f"overview: expected the row {error} too; run its figure without --rows",
+              file=sys.stderr)  # fmt: skip
+        return 2
     print(f"overview: {out / 'overview.png'}")
     return 0
 
@@ -169,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         help="only these rows of a figure, by their names in its JSON")  # fmt: skip
     add("--seeds", type=int, default=5, help="0, 1, ... (default: 5)")
     add("--lesser-seeds", type=int, default=3, help="of lesser controls (default: 3)")
-    add("--epochs", type=int, default=0, help="of Phases 1 and 2 (digits: 30, full: 164, short: 4)")
-    add("--core-epochs", type=int, default=0, help="of Phase 0 (digits, short: 12, full: --epochs)")
+    add("--epochs", type=int, help="of Phases 1 and 2 (digits: 30, full: 164, short: 4)")
+    add("--core-epochs", type=int, help="of Phase 0 (digits, short: 12, full: --epochs)")
     add("--num-edges", type=int, default=9, help="(default: 9)")
     add("--model", default="", help="(digits: digits-cnn, full: resnet-32, short: resnet-8)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")

@@ -4,41 +4,55 @@ import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from functools import lru_cache
 from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from flwr.common import log
 
 from .. import __version__
-from .._checkpoint import previous, read, write
+from .._checkpoint import digest, newest, previous, write
 from ..core import CoreState
 from ..ensemble import StateDict
+from ..experiment import load
 from ..report import write_atomically
+from ..settings import Settings
 from .runs import Progress, Record, Run, describe, play
 
 Tick = Callable[[], None]
 POLL_SECONDS = 1.0
+DATA = ("dataset", "data_path", "image_key", "label_key")
 
 
 def key(run: Run) -> str:
-    """Hash what determines the records of a run: its description, our version and PyTorch's."""
+    """Hash what determines the records of a run: its description, the data, and the versions.
+
+    Not what rounds differently: the device, its number type and the number of threads.
+    """
     return hashlib.sha256(_header(run).encode()).hexdigest()
 
 
 def records(run: Run, folder: Path, *, on_round: Tick = lambda: None) -> list[Record]:
     """Return the records of a run, from disk as far as they are there, playing the rest.
 
-    After every round the records and the core are on disk: an interruption costs one round.
+    After every round the records and the core are on disk: an interruption costs one round. Where
+    another process plays the same run, this one waits for it.
 
     Args:
-        folder: holds `KEY.jsonl`, and while the run is under way `KEY.safetensors`.
+        folder: holds `KEY.jsonl`, its lock, and while the run is under way `KEY.safetensors`.
         on_round: called after each round played.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(run)}.jsonl"
+    with FileLock(path.with_suffix(".lock")):
+        return _records(run, folder, path, on_round)
+
+
+def _records(run: Run, folder: Path, path: Path, on_round: Tick) -> list[Record]:
     checkpoint = path.with_suffix(".safetensors")
     found = stored(run, folder)
     if len(found) == run.num_rounds + 1:
@@ -89,51 +103,72 @@ def all_records(
 
     Returns:
         Key of a run -> its records.
+
+    Raises:
+        Exception: the first that a run raises, when the others have ended the round they are in.
     """
     wanted = {key(run): run for run in runs}
     if jobs == 1:
         torch.set_num_threads(threads)
         return {name: records(run, folder, on_round=on_round) for name, run in wanted.items()}
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(jobs, context, _begin, (threads, counter))
+    counter, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(jobs, context, _begin, (threads, counter, stop))
     told = 0
     try:
         futures = {pool.submit(_work, run, folder): name for name, run in wanted.items()}
         left = set(futures)
         while left:
-            done, left = wait(left, POLL_SECONDS, FIRST_COMPLETED)
+            done, left = wait(left, POLL_SECONDS, FIRST_EXCEPTION)
             for future in done:
-                future.result()  # raises at once what a run raised
+                future.result()
             for _ in range(counter.value - told):
                 on_round()
                 told += 1
         return {name: future.result() for future, name in futures.items()}
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """The pool ends: another run failed, or somebody pressed Ctrl-C."""
 
 
 _played: Any = None
 """Rounds played by all processes of a pool."""
+_stop: Any = None
+"""Set when no further round is wanted."""
 
 
-def _begin(threads: int, counter: Any) -> None:
-    global _played
+def _begin(threads: int, counter: Any, stop: Any) -> None:
+    global _played, _stop
     torch.set_num_threads(threads)
-    _played = counter
+    _played, _stop = counter, stop
 
 
 def _work(run: Run, folder: Path) -> list[Record]:
     def tick() -> None:
         with _played.get_lock():
             _played.value += 1
+        if _stop.is_set():
+            raise _Stopped
 
     return records(run, folder, on_round=tick)
 
 
 def _header(run: Run) -> str:
     versions = {"flwr-cloned-kd": __version__, "torch": torch.__version__}
-    return json.dumps({"run": describe(run), "versions": versions}, sort_keys=True)
+    data = _data(*(getattr(run.settings, name) for name in DATA))
+    return json.dumps({"run": describe(run), "data": data, "versions": versions}, sort_keys=True)
+
+
+@lru_cache
+def _data(*where: str) -> str:
+    """Hash the images and labels themselves: a path may hold others tomorrow."""
+    train, test = load(Settings(**dict(zip(DATA, where))))  # type: ignore[arg-type]
+    names = ("train images", "train labels", "test images", "test labels")
+    return digest(dict(zip(names, (*train, *test))), "")
 
 
 def _save(path: Path, progress: Progress) -> None:
@@ -150,12 +185,15 @@ def _save(path: Path, progress: Progress) -> None:
 
 def _load(path: Path) -> Progress | None:
     try:
-        tensors, numbers = read(path)
-    except FileNotFoundError:
-        return None
+        found = newest(path)
     except ValueError as error:
         log(WARNING, "%s; its run starts again", error)
         return None
+    if found is None:
+        return None
+    tensors, numbers, damage = found
+    if damage:
+        log(WARNING, "%s; its run goes on from the round before", damage)
     right, models = tensors.pop("right"), dict[str, StateDict]()
     for name, tensor in tensors.items():
         model, _, inner = name.partition("/")

@@ -1,4 +1,7 @@
-"""The rows of `controls`: baselines, and every knob turned, on the same splits and seeds."""
+"""The rows of `controls`: baselines, and every knob turned, on the same splits and seeds.
+
+R is the number of edges: so many rounds the paper's method has.
+"""
 
 from typing import Any, NamedTuple
 
@@ -40,7 +43,7 @@ def _three_in_flight(base: Settings) -> tuple[tuple[int, int], ...]:
 
 
 def _epochs(times: int) -> Any:
-    return lambda base: times * base.edge_epochs
+    return lambda base: times * max(base.core_epochs, base.edge_epochs)
 
 
 AVERAGE: dict[str, Any] = {**CPP, "combine": "average"}
@@ -64,10 +67,10 @@ CONTROLS = [
     Control("baselines", "keep the clone", AVERAGE),
     Control("baselines", "FedAvg, 1 round", FEDAVG_2, after=1),
     Control("baselines", "FedAvg, 2 rounds", FEDAVG_2),
-    Control("baselines", "FedAvg, 9 rounds", FEDAVG),
+    Control("baselines", "FedAvg, R rounds", FEDAVG),
     Control("baselines", "FedProx, 1 round", FEDAVG_2 | FEDPROX, False, 1),
     Control("baselines", "FedProx, 2 rounds", FEDAVG_2 | FEDPROX, False),
-    Control("baselines", "FedProx, 9 rounds", FEDAVG | FEDPROX, False),
+    Control("baselines", "FedProx, R rounds", FEDAVG | FEDPROX, False),
     *(
         Control("baselines", f"FedAsync, alpha {alpha}", {**AVERAGE, "mix": alpha}, False)
         for alpha in (0.3, 0.6, 0.9)
@@ -81,8 +84,8 @@ CONTROLS = [
     Control("baselines", "average, then distil (FedDF), 1 round", FEDDF, after=1),
     Control("baselines", "average, then distil (FedDF), 2 rounds", FEDDF),
     Control("without edges", "core only", CPP, after=0),
-    Control("without edges", "core only, 9 restarts", {**NO_EDGES, **PAPER}),
-    Control("without edges", "core only, 9 restarts, lr / 5", {**NO_EDGES, "preset": "practical"}),
+    Control("without edges", "core only, R restarts", {**NO_EDGES, **PAPER}),
+    Control("without edges", "core only, R restarts, lr / 5", {**NO_EDGES, "preset": "practical"}),
     Control("without edges", "self-distillation (edge data = core data)",
             {**CEM, "edge_data": "core"}),
     Control("without edges", "all data central", {"central": True, "core_epochs": _epochs(1)}),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from ..consensus import Venn
 from ..settings import Settings
 from .controls import CONTROLS, control_runs
 from .noise import plan_noise, reduce_noise
@@ -68,7 +69,8 @@ def reduce_venn(results: Results) -> Summary:
             "mutual": change["both"],
             "exclusive": change["student_only"],
             "consensus": {
-                when: spread([_consensus(r[when]) for r in rounds]) for when in ("before", "after")
+                when: spread([Venn(**r[when]).consensus for r in rounds])
+                for when in ("before", "after")
             },
         }
     return found
@@ -79,9 +81,9 @@ def reduce_consensus(results: Results) -> Summary:
     return {
         name: {
             "intersection": curve(runs, lambda r: float(r["after"]["both"]), 1),
-            "consensus": curve(runs, lambda r: _consensus(r["after"]), 1),
+            "consensus": curve(runs, lambda r: Venn(**r["after"]).consensus, 1),
             "edge-1 intersection": curve(runs, lambda r: float(r["first"]["both"]), 1),
-            "edge-1 consensus": curve(runs, lambda r: _consensus(r["first"]), 1),
+            "edge-1 consensus": curve(runs, lambda r: Venn(**r["first"]).consensus, 1),
         }
         for name, runs in results.items()
     }
@@ -130,12 +132,17 @@ def reduce_own(results: Results) -> Summary:
 
 
 def plan_controls(base: Settings, seeds: int, lesser: int) -> Plan:
-    """Every baseline and every knob, on the same splits and seeds; the main ones first."""
+    """Every baseline and every knob, on the same splits and seeds; the main ones first.
+
+    Rows that need more rounds than there are edges for are left out.
+    """
     rows = sorted(control_runs(base), key=lambda row: not row[0].main)
-    return {
-        control.name: over_seeds(base, seeds if control.main else lesser, **changes)
-        for control, changes in rows
-    }
+    found: Plan = {}
+    for control, changes in rows:
+        runs = over_seeds(base, seeds if control.main else lesser, **changes)
+        if runs[0].num_rounds >= (control.after or 0):
+            found[control.name] = runs
+    return found
 
 
 def reduce_controls(results: Results) -> Summary:
@@ -145,7 +152,7 @@ def reduce_controls(results: Results) -> Summary:
         if control.name not in results:
             continue
         runs = results[control.name]
-        stop = len(runs[0]) if control.after is None else min(1 + control.after, len(runs[0]))
+        stop = len(runs[0]) if control.after is None else 1 + control.after
         found[control.name] = {
             "group": control.group,
             "rounds": stop - 1,
@@ -166,11 +173,6 @@ def choose(name: str, plan: Plan, rows: Sequence[str]) -> Plan:
     if unknown := [row for row in rows if row not in plan]:
         raise ValueError(f"--rows: expected some of {'; '.join(plan)}; got {unknown[0]!r}")
     return {row: plan[row] for row in plan if row in rows or not rows}
-
-
-def _consensus(venn: dict[str, float]) -> float:
-    union = sum(venn.values())
-    return venn["both"] / union if union else 0.0
 
 
 FIGURES = {

@@ -22,6 +22,8 @@ ANSWERS: dict[str, dict[str, Any]] = {
 
 def plan_noise(base: Settings, seeds: int, lesser: int) -> Plan:
     """Fig. 8: noisy edges at rounds 4 and 7, accepted, omitted, or judged by a guard."""
+    if base.num_edges < 2:
+        raise ValueError("--num-edges: expected at least 2, an honest and a noisy one, got 1")
     noisy = [r - 1 for r in NOISY_ROUNDS if r <= base.num_edges] or [base.num_edges - 1]
     bad = {"noisy_edges": ",".join(map(str, noisy))}
     found: Plan = {}

@@ -29,7 +29,7 @@ AT_WHAT_COST = {
     "keep the clone": ("keep the clone", PURPLE, "^", 4),
     "FedAvg, 1 round": ("FedAvg, 1 round", BLACK, "s", -13),
     "FedAvg, 2 rounds": ("FedAvg, 2 rounds", BLACK, "s", -12),
-    "FedAvg, 9 rounds": ("9 rounds", BLACK, "s", -3),
+    "FedAvg, R rounds": ("FedAvg, 9 rounds", BLACK, "s", -3),
     "average, then distil (FedDF), 1 round": ("FedDF, 1 round", GREEN, "v", -3),
     "average, then distil (FedDF), 2 rounds": ("FedDF, 2 rounds", GREEN, "v", -3),
 }

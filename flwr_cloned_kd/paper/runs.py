@@ -72,7 +72,7 @@ class Run:
         return self.settings.num_clones or VARIANTS[self.settings.variant].num_clones
 
     def visits(self, server_round: int) -> tuple[list[int], int]:
-        """Return the edges of a round, counted from 1, and how many rounds late they are."""
+        """Return the edges, from 0, of a round, from 1, and how many rounds late they are."""
         if self.order:
             edge, late = self.order[server_round - 1]
             return [edge], late
@@ -83,8 +83,8 @@ class Run:
 NOT_READ = ("device", "client_device", "batch_clones", "bf16", "compile", "cuda_graphs", "results",
             "timeout", "strategy", "baseline_rounds", "proximal_mu", "max_in_flight",
             "edge_delays", "max_staleness", "staleness_weight", "staleness_a", "staleness_b",
-            "fedasync_alpha", "fedbuff_size", "fedbuff_lr", "checkpoint")  # fmt: skip
-"""Settings that change the speed of a run only, or belong to Flower's paths."""
+            "fedasync_alpha", "fedbuff_size", "fedbuff_lr", "checkpoint", "data_path")  # fmt: skip
+"""Settings that change the speed of a run only, belong to Flower's paths, or say where data is."""
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -116,6 +116,7 @@ class Progress:
 class _Stage(NamedTuple):
     core: Core
     train: Dataset
+    held_out: Dataset
     parts: list[Tensor]
     send: Send
 
@@ -141,7 +142,7 @@ def play(run: Run, progress: Progress | None = None) -> Iterator[tuple[Record, P
 
 def _stage(run: Run) -> _Stage:
     core, settings = build_core(run.settings), run.settings
-    train, _ = load(settings)
+    train, test = load(settings)
     parts = split(settings, train[1])
     rows = parts[0][: max(2, round(run.core_share * len(parts[0])))]
     core = replace(
@@ -150,7 +151,7 @@ def _stage(run: Run) -> _Stage:
         distillation=replace(core.distillation, **run.distillation),
         runtime=replace(core.runtime, log=None),
     )
-    return _Stage(core, train, parts, VARIANTS[settings.variant].init(core))
+    return _Stage(core, train, test, parts, VARIANTS[settings.variant].init(core))
 
 
 def _round(run: Run, stage: _Stage, before: Progress) -> tuple[Record, Progress]:
@@ -160,14 +161,15 @@ def _round(run: Run, stage: _Stage, before: Progress) -> tuple[Record, Progress]
     sent = stage.send(origin)
     ensemble, sizes, own = _expedition(run, stage, sent, edges, server_round)
     if run.combine == "average":
-        state, metrics = _average(core, before.state, ensemble, sizes, run.mix)
+        state, metrics = _average(run, stage, before.state, ensemble, sizes)
     else:
         bad = run.oracle and any(str(edge) in run.settings.noisy for edge in edges)
         judge = replace(core, guard=lambda history, found: True) if bad else core
         weight = run.kd_weight
         state, metrics = judge.distill(before.state, ensemble, sent=sent, weight=weight)
     models = _side_by_side(before.state.params, state.params, ensemble)
-    logits, labels = _logits(core, models), (core.held_out or core.dataset)[1]
+    inputs, labels = stage.held_out
+    logits = predict(core.model, models, inputs, runtime=core.runtime)
     student, after = logits[0].argmax(-1) == labels, logits[1].argmax(-1) == labels
     teacher = logits[2:].softmax(-1).mean(0).argmax(-1) == labels
     known = accuracy(predict(core.model, models, own[0], runtime=core.runtime), own[1])
@@ -242,9 +244,10 @@ def weighted_mean(ensemble: Ensemble, weights: list[int]) -> StateDict:
 
 
 def _average(
-    core: Core, state: CoreState, ensemble: Ensemble, sizes: list[int], mix: float
+    run: Run, stage: _Stage, state: CoreState, ensemble: Ensemble, sizes: list[int]
 ) -> tuple[CoreState, dict[str, float]]:
     """McMahan et al. 2017: the clones' mean, each edge by its images, moves the core to it."""
+    core, mix, (inputs, labels) = stage.core, run.mix, stage.held_out
     each = len(next(iter(ensemble.values()))) // len(sizes)
     params = weighted_mean(ensemble, [size for size in sizes for _ in range(each)])
     if mix < 1:
@@ -254,8 +257,7 @@ def _average(
         }
         params = cast(mixed, state.params)
     trained = core.train_accuracy(params)
-    labels = core.held_out[1] if core.held_out else core.dataset[1]
-    found = accuracy(_logits(core, ensemble), labels)
+    found = accuracy(predict(core.model, ensemble, inputs, runtime=core.runtime), labels)
     metrics = {
         "accepted": 1.0,
         "train-accuracy": trained,
@@ -264,11 +266,6 @@ def _average(
     }
     history = (*state.train_accuracy, trained)
     return CoreState(params, (), state.version + 1, history), metrics
-
-
-def _logits(core: Core, ensemble: Ensemble) -> Tensor:
-    inputs = (core.held_out or core.dataset)[0]
-    return predict(core.model, ensemble, inputs, runtime=core.runtime)
 
 
 def _side_by_side(before: StateDict, after: StateDict, ensemble: Ensemble) -> Ensemble:
