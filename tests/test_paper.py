@@ -3,7 +3,6 @@
 import itertools
 import json
 import multiprocessing
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -106,7 +105,7 @@ def test_a_run_killed_after_any_round_ends_as_if_never_stopped(tiny, tmp_path, c
         played = []
         assert records(run, folder, on_round=lambda: played.append(1)) == whole  # noqa: B023
         assert len(played) == 4 - rounds
-        assert {path.suffix for path in folder.iterdir()} == {".jsonl", ".lock"}
+        assert [path.name for path in folder.iterdir()] == [f"{key(run)}.jsonl"]
 
 
 def test_a_kill_between_the_records_and_the_core_costs_that_round_only(tiny, tmp_path, monkeypatch):
@@ -182,17 +181,6 @@ def test_records_are_of_the_data_and_not_of_its_path(tiny, archive, tmp_path):
     assert key(changed) != key(run)
 
 
-def test_when_one_run_fails_the_others_end_with_their_round(tiny, tmp_path):
-    run, stop = Run(settings=tiny), threading.Event()
-    cache._begin(torch.get_num_threads(), multiprocessing.Value("q", 0), stop)
-    stop.set()
-    with pytest.raises(cache._Stopped):
-        cache._work(run, tmp_path)
-    assert len(stored(run, tmp_path)) == 1
-    stop.clear()
-    assert cache._work(run, tmp_path) == records(run, tmp_path / "whole")
-
-
 def test_two_that_want_one_run_play_it_once(tiny, tmp_path):
     run, played = Run(settings=tiny), []
     with ThreadPoolExecutor(2) as pool:
@@ -224,6 +212,19 @@ def test_two_processes_find_what_one_does(tiny, tmp_path):
     found = all_records(wanted, tmp_path / "two", jobs=2, on_round=lambda: played.append(1))
     assert found == all_records(wanted, tmp_path / "one", on_round=lambda: None)
     assert len(played) == 8  # two runs of four rounds, Phase 0 included
+
+
+@pytest.mark.slow
+def test_when_one_run_fails_the_others_end_at_once(tiny, tmp_path, archive):
+    away = tmp_path / "away.npz"
+    away.write_bytes(archive.read_bytes())
+    long = Run(settings=replace(tiny, edge_epochs=10**6))
+    lost = Run(settings=replace(tiny, data_path=str(away), seed=1))
+    key(lost)  # the parent has read the data; the child will not find it
+    away.unlink()
+    with pytest.raises(FileNotFoundError, match="away"):
+        all_records([long, lost], tmp_path, jobs=2, on_round=lambda: None)
+    assert not multiprocessing.active_children()
 
 
 def test_a_late_edge_was_sent_the_core_of_before(tiny, monkeypatch):

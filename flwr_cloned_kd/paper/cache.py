@@ -3,11 +3,15 @@
 import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import suppress
 from functools import lru_cache
 from logging import WARNING
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from threading import Thread
 from typing import Any
 
 import torch
@@ -43,13 +47,17 @@ def records(run: Run, folder: Path, *, on_round: Tick = lambda: None) -> list[Re
     another process plays the same run, this one waits for it.
 
     Args:
-        folder: holds `KEY.jsonl`, its lock, and while the run is under way `KEY.safetensors`.
+        folder: holds `KEY.jsonl`, and while the run is under way `KEY.safetensors` and a lock.
         on_round: called after each round played.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key(run)}.jsonl"
-    with FileLock(path.with_suffix(".lock")):
-        return _records(run, folder, path, on_round)
+    lock = path.with_suffix(".lock")
+    with FileLock(lock):
+        found = _records(run, folder, path, on_round)
+        with suppress(OSError):  # Windows removes no open file
+            lock.unlink()  # who waits for it, or comes after, finds all the records
+        return found
 
 
 def _records(run: Run, folder: Path, path: Path, on_round: Tick) -> list[Record]:
@@ -105,15 +113,15 @@ def all_records(
         Key of a run -> its records.
 
     Raises:
-        Exception: the first that a run raises, when the others have ended the round they are in.
+        Exception: the first that a run raises; the others end at once, with their round.
     """
     wanted = {key(run): run for run in runs}
     if jobs == 1:
         torch.set_num_threads(threads)
         return {name: records(run, folder, on_round=on_round) for name, run in wanted.items()}
     context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(jobs, context, _begin, (threads, counter, stop))
+    counter = context.Value("q", 0)
+    pool = ProcessPoolExecutor(jobs, context, _begin, (threads, counter))
     told = 0
     try:
         futures = {pool.submit(_work, run, folder): name for name, run in wanted.items()}
@@ -126,33 +134,37 @@ def all_records(
                 on_round()
                 told += 1
         return {name: future.result() for future, name in futures.items()}
+    except BaseException:
+        for child in multiprocessing.active_children():  # else their runs go on for hours
+            child.terminate()
+        raise
     finally:
-        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Stopped(Exception):
-    """The pool ends: another run failed, or somebody pressed Ctrl-C."""
 
 
 _played: Any = None
 """Rounds played by all processes of a pool."""
-_stop: Any = None
-"""Set when no further round is wanted."""
 
 
-def _begin(threads: int, counter: Any, stop: Any) -> None:
-    global _played, _stop
+def _begin(threads: int, counter: Any) -> None:
+    global _played
     torch.set_num_threads(threads)
-    _played, _stop = counter, stop
+    _played = counter
+    signal(SIGINT, SIG_IGN)  # Ctrl-C goes to all: the parent ends us
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Do not outlive a parent that was killed: its queue would be waited on for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _work(run: Run, folder: Path) -> list[Record]:
     def tick() -> None:
         with _played.get_lock():
             _played.value += 1
-        if _stop.is_set():
-            raise _Stopped
 
     return records(run, folder, on_round=tick)
 
