@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 from torch.utils.flop_counter import FlopCounterMode
 
 # The rules below come from docs/performance.md, measured on 2 cores with AVX-512 and AMX.
@@ -126,8 +127,10 @@ def settings(runtime: Runtime, seed: int) -> Iterator[None]:
         if cuda:
             stack.enter_context(torch.cuda.device(runtime.target))
             torch.cuda.manual_seed(seed)
-            flags = torch.backends.cudnn.flags(deterministic=True, benchmark=False)
-            stack.enter_context(flags)
+            # Not by `cudnn.flags`: it also sets what it is not told, `enabled` to False.
+            for flag, value in (("deterministic", True), ("benchmark", False)):
+                stack.callback(setattr, cudnn, flag, getattr(cudnn, flag))
+                setattr(cudnn, flag, value)
         yield
 
 
