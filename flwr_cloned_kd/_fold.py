@@ -23,8 +23,8 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
         inputs: `[B, ...]`, a few samples.
     """
     pairs, expected = _watch(module, inputs)
-    if not pairs:
-        return module
+    if not pairs or any(len(set(parts)) < len(pairs) for parts in zip(*pairs)):
+        return module  # a part of two pairs cannot be folded into both
     candidate = copy.deepcopy(module)
     for convolution, normalisation in pairs:
         parts = (candidate.get_submodule(name) for name in (convolution, normalisation))
@@ -46,7 +46,8 @@ def _watch(module: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str]], Te
             if isinstance(part, nn.Conv2d):
                 made.append((found, name))
             else:
-                pairs.extend((conv, name) for tensor, conv in made if tensor is given[0])
+                # Nothing is given by position to a part that is called by keyword.
+                pairs.extend((conv, name) for tensor, conv in made if given and tensor is given[0])
 
         return see
 
