@@ -33,7 +33,15 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
         candidate.set_submodule(normalisation, nn.Identity())
     worst = (candidate(inputs) - expected).abs().max()
     same = bool(worst <= TOLERANCE * expected.abs().max())
-    return candidate.to(memory_format=torch.channels_last) if same else module
+    return channels_last(candidate) if same else module
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """Lay out a model's weights with the channels last, unless some are of convolutions in 3-D."""
+    tensors = (*module.parameters(), *module.buffers())
+    if any(tensor.dim() == 5 for tensor in tensors):
+        return module
+    return module.to(memory_format=torch.channels_last)
 
 
 def _watch(module: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str]], Tensor]:

@@ -69,7 +69,22 @@ class ByKeyword(nn.Module):
         return self.head(self.norm(input=self.conv(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("build", [cnn, lambda: resnet(8, 3, channels=1)], ids=["cnn", "resnet"])
+class Volumes(nn.Module):
+    """A convolution in three dimensions, and then one in two with a normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep, self.conv = nn.Conv3d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(self.deep(x[:, :, None])[:, :, 0])).mean((2, 3)))
+
+
+BUILDS = {"cnn": cnn, "resnet": lambda: resnet(8, 3, channels=1), "3-D": Volumes}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_a_folded_model_predicts_the_same_without_normalisation(build):
     model = trained(build())
     found = folded(model, DATA[0][:2])
