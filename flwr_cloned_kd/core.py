@@ -199,9 +199,10 @@ class Core:
     ) -> Targets:
         how = self.distillation
         kept = {id(bank.ensemble): bank for bank in self._banks}
-        self._banks[:] = [kept.get(id(ensemble)) or self._bank(ensemble) for ensemble in memory]
+        teachers = [kept.get(id(ensemble)) or self._bank(ensemble) for ensemble in memory]
+        self._banks[:] = teachers  # not read again below: another thread may set them too
         scale = 1 / len(memory) if how.mean_over_memory else 1.0
-        each, teachers = [scale * weight for weight in weights], list(self._banks)
+        each = [scale * weight for weight in weights]
         if how.core_as_teacher:
             teachers, each = [*teachers, self._bank(clone(core, 1))], [*each, 1.0]
         return weighted(teachers, each)

@@ -499,6 +499,28 @@ def test_histories_that_take_turns_do_not_disturb_each_other():
     assert same_bits(right.params, expected[1])
 
 
+class Interrupted(list):
+    """Banks that are set by somebody else in the moment after they were set."""
+
+    def __init__(self, *interruptions):
+        super().__init__()
+        self._interruptions = list(interruptions)
+
+    def __setitem__(self, index, banks):
+        super().__setitem__(index, banks)
+        while self._interruptions:
+            self._interruptions.pop()()
+
+
+def test_a_core_that_two_threads_use_at_once_does_not_mix_up_their_teachers():
+    first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
+    core = core_of()
+    expected = rounds(core_of(), [first]).params
+    banks = Interrupted(lambda: rounds(core, [second]))
+    object.__setattr__(core, "_banks", banks)
+    assert same_bits(rounds(core, [first]).params, expected)
+
+
 def test_a_phase_that_stops_early_keeps_the_epochs_it_saw(forwards):
     core = core_of(recipe=replace(RECIPE, stop=lambda history: len(history) == 2), memory_size=2)
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
