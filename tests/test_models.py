@@ -102,6 +102,32 @@ def test_a_bare_parameter_keeps_its_value():
     assert initialise(model, 0)["scale"] == 5
 
 
+SIZES = {"nhead": 2, "dim_feedforward": 6, "batch_first": True}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.MultiheadAttention(4, 2),
+        lambda: nn.TransformerEncoderLayer(4, **SIZES),
+        lambda: nn.Transformer(4, num_encoder_layers=1, num_decoder_layers=1, **SIZES),
+    ],
+    ids=["attention", "encoder layer", "transformer"],
+)
+def test_the_seed_determines_the_weights_of_attention_too(build):
+    first = initialise(build(), 3)
+    assert same_bits(initialise(build(), 3), first)
+    other = initialise(build(), 4)
+    drawn = [name for name in first if not torch.equal(first[name], other[name])]
+    # What PyTorch draws is every matrix. Beside it are vectors: norms, and biases of attention
+    # that start at 0 (nn.MultiheadAttention), after its parts have been reset.
+    assert [name for name in first if first[name].dim() == 2] == [
+        name for name in drawn if first[name].dim() == 2
+    ]
+    for name in first:
+        assert not name.endswith(("in_proj_bias", "out_proj.bias")) or not first[name].any()
+
+
 def test_seeded_gives_a_model_its_weights_in_place():
     model = nn.Linear(2, 2)
     assert seeded(model, 4) is model
