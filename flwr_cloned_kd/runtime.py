@@ -96,7 +96,7 @@ def plan(
 
     Args:
         inputs: `[B, ...]`, at least one sample of the data.
-        num_samples: how many will pass, all clones and epochs counted.
+        num_samples: how many will pass, all clones and epochs counted; 0 compiles nothing unasked.
     """
     device = runtime.target
     small = is_small(model)
@@ -105,9 +105,8 @@ def plan(
     compiled = bool(runtime.compile) and not batched
     if runtime.compile is None and not small and not batched and device.type == "cpu":
         passes = num_samples * (3 if training else 1)
-        compiled = shutil.which("g++") is not None and (
-            passes * _flop(model, inputs[:1]) > COMPILE_FLOP
-        )
+        possible = passes > 0 and shutil.which("g++") is not None
+        compiled = possible and passes * _flop(model, inputs[:1]) > COMPILE_FLOP
     graphs = runtime.cuda_graphs and device.type == "cuda" and training
     return Plan(str(device), bf16, compiled, batched, graphs)
 

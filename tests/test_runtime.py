@@ -240,6 +240,16 @@ def test_nothing_is_run_where_nothing_is_left_open(machine, num_samples):
     assert ran == []
 
 
+def test_nothing_is_run_for_a_phase_of_no_samples(machine):
+    ran = []
+    model = large()
+    model.register_forward_hook(lambda *args: ran.append(args))
+    assert not planned(model, num_samples=0).compile
+    assert ran == []
+    assert planned(model, num_samples=LONG).compile
+    assert len(ran) == 1
+
+
 def test_a_runtime_is_compared_by_what_it_does_not_by_where_it_logs():
     assert Runtime(log=print) == Runtime() == Runtime(log=len)
     assert hash(Runtime(log=print)) == hash(Runtime())
