@@ -57,13 +57,14 @@ class _Block(nn.Module):
             nn.BatchNorm2d(channels_out),
         )
         self.conv2, self.bn2 = _Conv(channels_out, channels_out), nn.BatchNorm2d(channels_out)
-        self.stride, self.padding = stride, (channels_out - channels_in) // 2
+        self.stride, missing = stride, channels_out - channels_in
+        self.padding = (missing // 2, missing - missing // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
-        if self.stride > 1 or self.padding:
+        if self.stride > 1 or any(self.padding):
             thinned = x[:, :, :: self.stride, :: self.stride]
-            shortcut = F.pad(thinned, (0, 0, 0, 0, self.padding, self.padding))
+            shortcut = F.pad(thinned, (0, 0, 0, 0, *self.padding))
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + shortcut)
 

@@ -63,6 +63,20 @@ def test_the_shortcut_thins_the_image_and_pads_the_channels_with_zeros():
     assert not out[:, 6:].any()
 
 
+@pytest.mark.parametrize(("width", "before"), [(1, 0), (3, 1), (5, 2), (6, 3)])
+def test_the_shortcut_of_any_width_has_as_many_channels_as_the_block(width, before):
+    # Half of the channels that are missing, rounded down, come before and the rest behind.
+    block = resnet(8, 3, width=width).blocks[1].eval()
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+        x = torch.rand(2, width, 6, 6)
+        out = block(x)
+    assert out.shape == (2, 2 * width, 3, 3)
+    assert torch.equal(out[:, before : before + width], x[:, :, ::2, ::2])
+    assert not out[:, :before].any()
+    assert not out[:, before + width :].any()
+
+
 def test_convolutions_are_drawn_with_the_deviation_of_he_et_al():
     # sqrt(2 / fan_out) with fan_out = 9 64; a sample deviation of 36,864 normal draws is off by
     # 1 / sqrt(2 36864) = 0.4 % (one sigma), so 2 % is five.
