@@ -194,6 +194,8 @@ def partition_with(partitioner: Any, labels: Tensor) -> list[Tensor]:
 def take(dataset: Dataset, rows: Tensor | Sequence[int]) -> Dataset:
     """Return the named rows of a dataset, copied."""
     index = torch.as_tensor(rows)
+    if not len(index):
+        index = index.long()  # no rows have no type of their own
     return dataset[0][index], dataset[1][index]
 
 

@@ -79,6 +79,12 @@ def test_take_copies_the_named_rows():
     assert inputs[3] == 3
 
 
+@pytest.mark.parametrize("rows", [[], (), torch.tensor([]), torch.tensor([], dtype=torch.int64)])
+def test_no_rows_are_an_empty_dataset(rows):
+    x, y = take((torch.zeros(3, 1, 2, 2), torch.arange(3)), rows)
+    assert (x.shape, y.shape) == ((0, 1, 2, 2), (0,))
+
+
 @pytest.mark.parametrize("pad", [4, 1])
 @pytest.mark.parametrize("flip", [True, False])
 def test_every_view_is_padding_slicing_and_flipping_by_hand(pad, flip):
