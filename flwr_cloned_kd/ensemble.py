@@ -28,7 +28,13 @@ def member(ensemble: Mapping[str, Tensor], index: int) -> StateDict:
 
 
 def size(ensemble: Mapping[str, Tensor]) -> int:
-    """Return E, the number of clones."""
+    """Return E, the number of clones.
+
+    Raises:
+        ValueError: if there is no tensor that could tell.
+    """
+    if not ensemble:
+        raise ValueError("ensemble: expected at least one tensor, got none")
     return len(next(iter(ensemble.values())))
 
 

@@ -460,6 +460,14 @@ def test_a_dataset_that_is_empty_or_of_two_lengths_is_refused(num_inputs, num_la
         trained(mlp(), 1, RECIPE, dataset)
 
 
+@pytest.mark.parametrize(
+    "run", [lambda model: fit(model, {}, DATA, RECIPE), lambda model: predict(model, {}, DATA[0])]
+)
+def test_an_ensemble_without_a_tensor_is_refused(run):
+    with pytest.raises(ValueError, match="ensemble: expected at least one tensor, got none"):
+        run(mlp())
+
+
 def test_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match=r"device: expected auto, cpu, cuda, .*, got 'abacus'"):
         Runtime(device="abacus")
