@@ -491,6 +491,15 @@ def test_a_weight_that_is_no_weight_is_refused(weight):
         core.distill(CoreState(core.pretrain()), edges_of(1, 1)[0], weight=weight)
 
 
+def test_cores_and_their_states_are_compared_by_identity():
+    # What they hold is tensors, whose comparison is no truth value.
+    for make in (core_of, lambda: start_of(core_of())):
+        first, second = make(), make()
+        assert first in [second, first]
+        assert first not in [second]
+        assert len({first, second}) == 2
+
+
 def volumes(num_samples, seed):
     x, y = images(num_samples, seed=seed)
     return x[:, :, None].expand(-1, -1, 4, -1, -1), y
