@@ -275,7 +275,7 @@ def test_another_model_seed_number_of_clones_or_strategy_is_named(written):
     core = victim.make().core
     bigger = Core(model=nn.Linear(5, 3), dataset=core.dataset, distillation=core.distillation,
                   seed=3)  # fmt: skip
-    with pytest.raises(ValueError, match=r"core\.ckpt: weight: expected shape \(\d, 3, 5\)"):
+    with pytest.raises(ValueError, match=r"core\.ckpt: weight: expected shape \(3, 5\)"):
         start_from(written, ClonedKD(bigger, num_clones=2, checkpoint=written))
     with pytest.raises(ValueError, match=r"core\.ckpt: num_clones: expected 3, got 2"):
         start_from(written, ClonedKD(core, num_clones=3, checkpoint=written))
