@@ -427,9 +427,11 @@ def test_predictions_do_not_depend_on_their_batches():
     assert (whole - parts).abs().max() < ROUNDING
 
 
-def test_forward_needs_no_gradient():
+@pytest.mark.parametrize("num_clones", [1, 2])
+@paths
+def test_forward_needs_no_gradient(runtime, num_clones):
     model = mlp()
-    assert not forward(model, clone(model.state_dict(), 2))(DATA[0]).requires_grad
+    assert not forward(model, clone(model.state_dict(), num_clones), runtime)(DATA[0]).requires_grad
 
 
 def test_accuracy_by_hand():
