@@ -23,8 +23,8 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
         inputs: `[B, ...]`, a few samples.
     """
     pairs, expected = _watch(module, inputs)
-    if not pairs:
-        return module
+    if not pairs or any(len(set(parts)) < len(pairs) for parts in zip(*pairs)):
+        return module  # a part of two pairs cannot be folded into both
     candidate = copy.deepcopy(module)
     for convolution, normalisation in pairs:
         parts = (candidate.get_submodule(name) for name in (convolution, normalisation))
@@ -33,7 +33,15 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
         candidate.set_submodule(normalisation, nn.Identity())
     worst = (candidate(inputs) - expected).abs().max()
     same = bool(worst <= TOLERANCE * expected.abs().max())
-    return candidate.to(memory_format=torch.channels_last) if same else module
+    return channels_last(candidate) if same else module
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """Lay out a model's weights with the channels last, unless some are of convolutions in 3-D."""
+    tensors = (*module.parameters(), *module.buffers())
+    if any(tensor.dim() == 5 for tensor in tensors):
+        return module
+    return module.to(memory_format=torch.channels_last)
 
 
 def _watch(module: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
@@ -46,7 +54,8 @@ def _watch(module: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str]], Te
             if isinstance(part, nn.Conv2d):
                 made.append((found, name))
             else:
-                pairs.extend((conv, name) for tensor, conv in made if tensor is given[0])
+                # Nothing is given by position to a part that is called by keyword.
+                pairs.extend((conv, name) for tensor, conv in made if given and tensor is given[0])
 
         return see
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ._fold import folded
+from ._fold import channels_last, folded
 from .ensemble import Ensemble, StateDict, member, size
 from .runtime import Plan, Runtime, is_small, plan
 
@@ -86,7 +86,7 @@ def _alone(
 ) -> Lane:
     module = _template(model, chosen, training)
     module.load_state_dict(params)
-    module.to(memory_format=torch.channels_last)
+    channels_last(module)
     if shown is not None:
         module = folded(module, shown)
     # Static shapes: the smaller last batch of an epoch runs uncompiled instead of compiling anew.

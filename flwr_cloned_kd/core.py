@@ -53,9 +53,9 @@ class Distillation:
             raise ValueError(f"student_start: expected 0 to 1, got {self.student_start}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CoreState:
-    """The core's progress; frozen, each accepted edge makes a new one.
+    """The core's progress; frozen, each accepted edge makes a new one. Equal to itself only.
 
     Args:
         params: the core model.
@@ -74,7 +74,7 @@ class CoreState:
     memory_weights: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Core:
     """The service: a model, a small labelled dataset, and how to learn. Never changes.
 
@@ -97,7 +97,7 @@ class Core:
     held_out: Dataset | None = None
     seed: int = 0
     runtime: Runtime = field(default_factory=Runtime)
-    _banks: list[TargetBank] = field(default_factory=list, init=False, repr=False, compare=False)
+    _banks: list[TargetBank] = field(default_factory=list, init=False, repr=False)
 
     def pretrain(self, start: StateDict | None = None) -> StateDict:
         """Phase 0: train on the core data, from `start` or else the weights the model has."""
@@ -199,9 +199,10 @@ class Core:
     ) -> Targets:
         how = self.distillation
         kept = {id(bank.ensemble): bank for bank in self._banks}
-        self._banks[:] = [kept.get(id(ensemble)) or self._bank(ensemble) for ensemble in memory]
+        teachers = [kept.get(id(ensemble)) or self._bank(ensemble) for ensemble in memory]
+        self._banks[:] = teachers  # not read again below: another thread may set them too
         scale = 1 / len(memory) if how.mean_over_memory else 1.0
-        each, teachers = [scale * weight for weight in weights], list(self._banks)
+        each = [scale * weight for weight in weights]
         if how.core_as_teacher:
             teachers, each = [*teachers, self._bank(clone(core, 1))], [*each, 1.0]
         return weighted(teachers, each)

@@ -1,5 +1,7 @@
 """Datasets as two tensors, their split into core and edges, and what may be done to them."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ Dataset = tuple[Tensor, Tensor]
 
 uint8 images stay so, a quarter of the memory, up to the model: give it their `moments`.
 """
+
+UNREADABLE = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What an archive that was cut or altered, or is none, raises when NumPy reads it."""
 
 
 def load_digits(test_size: int = 360) -> tuple[Dataset, Dataset]:
@@ -52,20 +57,24 @@ def load_npz(path: str | Path) -> tuple[Dataset, Dataset]:
     stay so, others are standardised.
 
     Raises:
-        ValueError: naming the archive and the array that is missing, misshaped or no numbers.
+        ValueError: naming the archive and the array that is missing, misshaped or no numbers; or
+            for a file that is damaged or no archive.
     """
-    loaded = np.load(path, allow_pickle=False)
-    if not isinstance(loaded, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path}: expected an .npz archive, got a single array")
-    with loaded as archive:
-        missing = {"x_train", "y_train", "x_test", "y_test"} - set(archive.files)
-        if missing:
-            raise ValueError(f"{path}: expected x_train, y_train, x_test, y_test, "
-                             f"missing {', '.join(sorted(missing))}")  # fmt: skip
+    names = ("x_train", "y_train", "x_test", "y_test")
+    with Path(path).open("rb") as file:
         try:
-            parts = [(archive[f"x_{part}"], archive[f"y_{part}"]) for part in ("train", "test")]
-        except ValueError as error:
-            raise ValueError(f"{path}: expected arrays of numbers: {error}") from None
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            arrays = {name: loaded[name] for name in names if name in loaded.files}
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{path}: expected an .npz archive of numbers, got {error!r}"
+            ) from None
+    missing = sorted(set(names) - arrays.keys())
+    if missing:
+        raise ValueError(f"{path}: expected {', '.join(names)}, missing {', '.join(missing)}")
+    parts = [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]
     for part, (images, labels) in zip(("train", "test"), parts):
         if images.ndim not in (3, 4) or labels.shape != images.shape[:1] or not len(labels):
             raise ValueError(f"{path}: expected x_{part} [N, H, W(, C)] and y_{part} [N], "
@@ -185,6 +194,8 @@ def partition_with(partitioner: Any, labels: Tensor) -> list[Tensor]:
 def take(dataset: Dataset, rows: Tensor | Sequence[int]) -> Dataset:
     """Return the named rows of a dataset, copied."""
     index = torch.as_tensor(rows)
+    if not len(index):
+        index = index.long()  # no rows have no type of their own
     return dataset[0][index], dataset[1][index]
 
 

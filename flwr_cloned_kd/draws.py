@@ -15,6 +15,9 @@ The visit counts what is drawn for that edge, from 1. The seed is another one fo
 if the draw has an attribute `per_edge` that is true, for each edge.
 """
 
+LARGEST_SIGMA = 50
+"""From 79 on a draw can overflow: normal numbers reach 9, and e^(9 x 79) is too large a float."""
+
 
 def as_draw(value: Draw | float) -> Draw:
     """Return a draw, or one that is always this number."""
@@ -36,8 +39,9 @@ class LogNormal:
     """A log-normal number: most near the median, some much larger.
 
     Args:
-        median: above 0.
-        sigma: standard deviation of the logarithm; 0 is constant, 1 spreads over a factor of 50.
+        median: above 0, finite.
+        sigma: standard deviation of the logarithm, at most 50; 0 is constant, 1 spreads over a
+            factor of 50.
         per_edge: draw once for each edge, so that slow edges stay slow.
 
     Raises:
@@ -49,9 +53,9 @@ class LogNormal:
     per_edge: bool = False
 
     def __post_init__(self) -> None:
-        if not self.median > 0 or not self.sigma >= 0:
+        if not 0 < self.median < math.inf or not 0 <= self.sigma <= LARGEST_SIGMA:
             raise ValueError(
-                f"LogNormal: expected median above 0, sigma at least 0, "
+                f"LogNormal: expected a finite median above 0 and sigma in [0, {LARGEST_SIGMA}], "
                 f"got {self.median}, {self.sigma}"
             )
 
@@ -65,19 +69,19 @@ class Exponential:
     """An exponential number: waiting for something that can happen at any moment.
 
     Args:
-        mean: above 0.
+        mean: above 0, finite.
         per_edge: draw once for each edge.
 
     Raises:
-        ValueError: if `mean` is not above 0.
+        ValueError: for a mean out of range.
     """
 
     mean: float
     per_edge: bool = False
 
     def __post_init__(self) -> None:
-        if not self.mean > 0:
-            raise ValueError(f"Exponential: expected mean above 0, got {self.mean}")
+        if not 0 < self.mean < math.inf:
+            raise ValueError(f"Exponential: expected a finite mean above 0, got {self.mean}")
 
     def __call__(self, edge: int | str, visit: int, seed: int) -> float:
         draw = random.Random(seed)

@@ -1,5 +1,6 @@
 """An ensemble is a state dict whose tensors carry a leading clone axis, `[E, *shape]`."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,13 @@ def member(ensemble: Mapping[str, Tensor], index: int) -> StateDict:
 
 
 def size(ensemble: Mapping[str, Tensor]) -> int:
-    """Return E, the number of clones."""
+    """Return E, the number of clones.
+
+    Raises:
+        ValueError: if there is no tensor that could tell.
+    """
+    if not ensemble:
+        raise ValueError("ensemble: expected at least one tensor, got none")
     return len(next(iter(ensemble.values())))
 
 
@@ -80,16 +87,23 @@ def as_ensemble(arrays: Mapping[str, Any], like: Mapping[str, Tensor]) -> Ensemb
     for name, tensor in found.items():
         if tensor.dtype != like[name].dtype:
             raise ValueError(f"{name}: expected dtype {like[name].dtype}, got {tensor.dtype}")
-    if all(found[name].shape == like[name].shape for name in like):
-        found = {name: tensor.unsqueeze(0) for name, tensor in found.items()}
-    first = next(iter(like))
-    num_clones = found[first].shape[0] if found[first].dim() else 1
+    axes = _clone_axes(found, like)
     for name, tensor in found.items():
-        expected = (max(num_clones, 1), *like[name].shape)
+        expected = (*axes, *like[name].shape)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
     check_finite(found)
-    return found
+    return found if axes else {name: tensor.unsqueeze(0) for name, tensor in found.items()}
+
+
+def _clone_axes(found: StateDict, like: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return what most tensors have before the core's shape: (E,), or () for one plain model."""
+    counts = Counter(
+        tuple(tensor.shape[: max(tensor.dim() - like[name].dim(), 0)])
+        for name, tensor in found.items()
+    )
+    axes = counts.most_common(1)[0][0]
+    return (1,) if len(axes) > 1 or 0 in axes else axes
 
 
 def _as_tensor(name: str, array: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Models for the examples; any `nn.Module` from inputs to logits does."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,22 @@ from .ensemble import StateDict
 def initialise(model: nn.Module, seed: int) -> StateDict:
     """Draw new initial weights for a model, leaving it and the global generator as they are.
 
-    Every submodule with a `reset_parameters` method, PyTorch's convention, is reset; a bare
-    `nn.Parameter` outside of such a module keeps the value it has.
+    Every submodule with a `reset_parameters` method, PyTorch's convention, is reset, or with the
+    `_reset_parameters` of its attention; a bare `nn.Parameter` elsewhere keeps the value it has.
     """
     fresh = copy.deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: GPUs' are not forked here
-        for module in fresh.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
+        # Attention sets weights of its parts after they did: so last, and from the inside out.
+        attention = reversed(_methods(fresh, "_reset_parameters"))
+        for reset in (*_methods(fresh, "reset_parameters"), *attention):
+            reset()
     return {name: tensor.detach() for name, tensor in fresh.state_dict().items()}
+
+
+def _methods(model: nn.Module, name: str) -> list[Callable[[], None]]:
+    found = [getattr(module, name, None) for module in model.modules()]
+    return [method for method in found if callable(method)]
 
 
 def seeded(model: nn.Module, seed: int) -> nn.Module:
@@ -51,13 +57,14 @@ class _Block(nn.Module):
             nn.BatchNorm2d(channels_out),
         )
         self.conv2, self.bn2 = _Conv(channels_out, channels_out), nn.BatchNorm2d(channels_out)
-        self.stride, self.padding = stride, (channels_out - channels_in) // 2
+        self.stride, missing = stride, channels_out - channels_in
+        self.padding = (missing // 2, missing - missing // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
-        if self.stride > 1 or self.padding:
+        if self.stride > 1 or any(self.padding):
             thinned = x[:, :, :: self.stride, :: self.stride]
-            shortcut = F.pad(thinned, (0, 0, 0, 0, self.padding, self.padding))
+            shortcut = F.pad(thinned, (0, 0, 0, 0, *self.padding))
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + shortcut)
 

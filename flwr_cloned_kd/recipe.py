@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 def fold_in(seed: int, *path: int | str) -> int:
     """Derive the seed of one purpose from the seed of a run: 63 bits, by SHA-256 of the path."""
-    digest = hashlib.sha256(repr((int(seed), *path)).encode()).digest()
+    # NumPy's integers and strings are written in another way than Python's.
+    plain = (str(part) if isinstance(part, str) else index(part) for part in path)
+    digest = hashlib.sha256(repr((int(seed), *plain)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 from torch.utils.flop_counter import FlopCounterMode
 
 # The rules below come from docs/performance.md, measured on 2 cores with AVX-512 and AMX.
@@ -95,7 +96,7 @@ def plan(
 
     Args:
         inputs: `[B, ...]`, at least one sample of the data.
-        num_samples: how many will pass, all clones and epochs counted.
+        num_samples: how many will pass, all clones and epochs counted; 0 compiles nothing unasked.
     """
     device = runtime.target
     small = is_small(model)
@@ -104,9 +105,8 @@ def plan(
     compiled = bool(runtime.compile) and not batched
     if runtime.compile is None and not small and not batched and device.type == "cpu":
         passes = num_samples * (3 if training else 1)
-        compiled = shutil.which("g++") is not None and (
-            passes * _flop(model, inputs[:1]) > COMPILE_FLOP
-        )
+        possible = passes > 0 and shutil.which("g++") is not None
+        compiled = possible and passes * _flop(model, inputs[:1]) > COMPILE_FLOP
     graphs = runtime.cuda_graphs and device.type == "cuda" and training
     return Plan(str(device), bf16, compiled, batched, graphs)
 
@@ -126,8 +126,10 @@ def settings(runtime: Runtime, seed: int) -> Iterator[None]:
         if cuda:
             stack.enter_context(torch.cuda.device(runtime.target))
             torch.cuda.manual_seed(seed)
-            flags = torch.backends.cudnn.flags(deterministic=True, benchmark=False)
-            stack.enter_context(flags)
+            # Not by `cudnn.flags`: it also sets what it is not told, `enabled` to False.
+            for flag, value in (("deterministic", True), ("benchmark", False)):
+                stack.callback(setattr, cudnn, flag, getattr(cudnn, flag))
+                setattr(cudnn, flag, value)
         yield
 
 

@@ -16,6 +16,7 @@ from flwr_cloned_kd import (
     CropAndFlip,
     Distillation,
     Recipe,
+    Runtime,
     TrainAccuracyJump,
     clone,
     edge_seed,
@@ -488,3 +489,42 @@ def test_a_weight_that_is_no_weight_is_refused(weight):
     core = core_of()
     with pytest.raises(ValueError, match="weight: expected at least 0"):
         core.distill(CoreState(core.pretrain()), edges_of(1, 1)[0], weight=weight)
+
+
+def test_cores_and_their_states_are_compared_by_identity():
+    # What they hold is tensors, whose comparison is no truth value.
+    for make in (core_of, lambda: start_of(core_of())):
+        first, second = make(), make()
+        assert first in [second, first]
+        assert first not in [second]
+        assert len({first, second}) == 2
+
+
+def volumes(num_samples, seed):
+    x, y = images(num_samples, seed=seed)
+    return x[:, :, None].expand(-1, -1, 4, -1, -1), y
+
+
+@pytest.mark.parametrize("batch_clones", [None, False])
+@pytest.mark.parametrize("num_clones", [1, 3])
+def test_a_model_of_volumes_is_trained_and_taught(num_clones, batch_clones):
+    layers = [nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.Tanh(), nn.AdaptiveAvgPool3d(2)]
+    model = seeded(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)), 0)
+    recipe = Recipe(epochs=2, batch_size=8)
+    core = Core(
+        model=model,
+        dataset=volumes(24, seed=0),
+        held_out=volumes(24, seed=1),
+        recipe=recipe,
+        distillation=Distillation(recipe=recipe, memory_size=1),
+        runtime=Runtime(device="cpu", batch_clones=batch_clones),
+    )
+    start, dataset = core.pretrain(), volumes(24, seed=2)
+    edge = train_edge(model, start, dataset, recipe, num_clones=num_clones, runtime=core.runtime)
+    new, metrics = core.distill(core.state(start), edge)
+    seed = phase_2_seed(core, 0)
+    expected = reference.phase2(
+        model, start, [edge], core.dataset, core.distillation, seed=seed, core_seed=core.seed
+    )
+    assert distance(new.params, expected) < ROUNDING
+    assert metrics["accepted"] == 1

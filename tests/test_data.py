@@ -79,6 +79,12 @@ def test_take_copies_the_named_rows():
     assert inputs[3] == 3
 
 
+@pytest.mark.parametrize("rows", [[], (), torch.tensor([]), torch.tensor([], dtype=torch.int64)])
+def test_no_rows_are_an_empty_dataset(rows):
+    x, y = take((torch.zeros(3, 1, 2, 2), torch.arange(3)), rows)
+    assert (x.shape, y.shape) == ((0, 1, 2, 2), (0,))
+
+
 @pytest.mark.parametrize("pad", [4, 1])
 @pytest.mark.parametrize("flip", [True, False])
 def test_every_view_is_padding_slicing_and_flipping_by_hand(pad, flip):
@@ -404,8 +410,46 @@ def test_an_archive_of_unusable_values_is_refused_by_name(tmp_path, arrays, mess
 
 def test_a_single_array_is_no_archive(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"x\.npy: expected an \.npz archive, got a single array"):
+    with pytest.raises(ValueError, match=r"x\.npy: expected an \.npz archive of .*a single array"):
         load_npz(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"image,label\n0,1\n", b"\x80\x04.", b"\x93NUMPY", b"PK\x03\x04"]
+)
+def test_a_file_that_is_no_archive_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "odd.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"odd\.npz: expected an \.npz archive of numbers, got"):
+        load_npz(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_that_is_cut_or_altered_is_refused_by_name(tmp_path, save):
+    path, labels = tmp_path / "odd.npz", np.arange(2)
+    pixels = PIXELS[:2, :2, :2]
+    save(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    whole = path.read_bytes()
+    expected = load_npz(path)
+    for place in range(0, len(whole), 13):
+        path.write_bytes(whole[:place])
+        with pytest.raises(ValueError, match=r"odd\.npz: expected"):
+            load_npz(path)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 129]) + whole[place + 1 :])
+        found, refusal = expected, f"{path}: expected"
+        try:
+            found = load_npz(path)
+        except ValueError as error:
+            refusal = str(error)
+        assert "odd.npz: expected" in refusal
+        # Some bytes, such as a time, are not read; what is kept of the arrays has a checksum.
+        for part, same in zip(found, expected):
+            assert all(torch.equal(tensor, other) for tensor, other in zip(part, same))
+
+
+def test_an_archive_that_is_not_there_is_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_npz(tmp_path / "none.npz")
 
 
 def test_a_share_of_batches_is_a_fraction():

@@ -427,9 +427,11 @@ def test_predictions_do_not_depend_on_their_batches():
     assert (whole - parts).abs().max() < ROUNDING
 
 
-def test_forward_needs_no_gradient():
+@pytest.mark.parametrize("num_clones", [1, 2])
+@paths
+def test_forward_needs_no_gradient(runtime, num_clones):
     model = mlp()
-    assert not forward(model, clone(model.state_dict(), 2))(DATA[0]).requires_grad
+    assert not forward(model, clone(model.state_dict(), num_clones), runtime)(DATA[0]).requires_grad
 
 
 def test_accuracy_by_hand():
@@ -458,6 +460,14 @@ def test_a_dataset_that_is_empty_or_of_two_lengths_is_refused(num_inputs, num_la
     )
     with pytest.raises(ValueError, match=message):
         trained(mlp(), 1, RECIPE, dataset)
+
+
+@pytest.mark.parametrize(
+    "run", [lambda model: fit(model, {}, DATA, RECIPE), lambda model: predict(model, {}, DATA[0])]
+)
+def test_an_ensemble_without_a_tensor_is_refused(run):
+    with pytest.raises(ValueError, match="ensemble: expected at least one tensor, got none"):
+        run(mlp())
 
 
 def test_an_unknown_device_is_refused():

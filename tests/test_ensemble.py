@@ -232,6 +232,25 @@ def test_what_is_not_an_ensemble_is_refused_by_name_expectation_and_finding(sent
     assert str(refusal.value) == message
 
 
+def test_the_array_that_is_unlike_the_others_is_the_one_that_is_named():
+    like = {**LIKE, "head": torch.zeros(5), "count": torch.tensor(0.0)}
+    sent = arrays(clone(like, 4))
+    for name, expected in [
+        ("bias", "bias: expected shape (4, 3), got (3,)"),
+        ("weight", "weight: expected shape (4, 3, 2), got (3, 2)"),
+        ("count", "count: expected shape (4,), got ()"),
+    ]:
+        with pytest.raises(ValueError, match="expected shape") as refusal:
+            as_ensemble({**sent, name: like[name].numpy()}, like)
+        assert str(refusal.value) == expected
+    plain = {**arrays(like), "bias": sent["bias"]}
+    with pytest.raises(ValueError, match=r"^bias: expected shape \(3,\), got \(4, 3\)$"):
+        as_ensemble(plain, like)
+    plain = {**arrays(like), "weight": np.zeros((2, 3), np.float32)}
+    with pytest.raises(ValueError, match=r"^weight: expected shape \(3, 2\), got \(2, 3\)$"):
+        as_ensemble(plain, like)
+
+
 def test_names_in_a_refusal_cannot_forge_a_line_of_the_log():
     with pytest.raises(ValueError, match="unknown") as refusal:
         as_ensemble({**PLAIN, "w\nINFO all is well\x1b[2J": np.zeros(1)}, LIKE)

@@ -45,7 +45,46 @@ class Twice(nn.Module):
         return self.head(self.second(self.conv(self.first(self.conv(x)).tanh())).flatten(1))
 
 
-@pytest.mark.parametrize("build", [cnn, lambda: resnet(8, 3, channels=1)], ids=["cnn", "resnet"])
+class OneNorm(nn.Module):
+    """Two convolutions run before one normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(1), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.second(self.norm(self.first(x)).tanh())).flatten(1))
+
+
+class ByKeyword(nn.Module):
+    """Calls its normalisation by the name of the argument, which a hook does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(input=self.conv(x)).mean((2, 3)))
+
+
+class Volumes(nn.Module):
+    """A convolution in three dimensions, and then one in two with a normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep, self.conv = nn.Conv3d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(self.deep(x[:, :, None])[:, :, 0])).mean((2, 3)))
+
+
+BUILDS = {"cnn": cnn, "resnet": lambda: resnet(8, 3, channels=1), "3-D": Volumes}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_a_folded_model_predicts_the_same_without_normalisation(build):
     model = trained(build())
     found = folded(model, DATA[0][:2])
@@ -56,7 +95,7 @@ def test_a_folded_model_predicts_the_same_without_normalisation(build):
         assert (found(DATA[0]) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("build", [Shared, Twice, mlp])
+@pytest.mark.parametrize("build", [Shared, Twice, OneNorm, ByKeyword, mlp])
 def test_a_model_that_cannot_be_folded_stays_itself(build):
     model = trained(build())
     assert folded(model, DATA[0][:2]) is model

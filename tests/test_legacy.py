@@ -257,7 +257,7 @@ def pickled(data):
 HOSTILE = {
     "nan": (npy(nan), "conv.weight: expected finite values, got 1 of 144 not finite"),
     "shape": (npy(lambda a: a[..., :1]), "conv.weight: expected shape (2, 8, 1"),
-    "one clone more": (npy(lambda a: np.concatenate([a, a[:1]])), "expected shape (3, 8)"),
+    "one clone more": (npy(lambda a: np.concatenate([a, a[:1]])), "got (3, 8, 1, 3, 3)"),
     "dtype": (npy(lambda a: a.astype("f8")), "conv.weight: expected dtype torch.float32"),
     "text": (npy(lambda a: np.array(["x"])), "conv.weight: expected an array of numbers"),
     "no array": (with_array(lambda data: b"junk"), "'conv.weight': expected a NumPy array"),

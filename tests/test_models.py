@@ -63,6 +63,20 @@ def test_the_shortcut_thins_the_image_and_pads_the_channels_with_zeros():
     assert not out[:, 6:].any()
 
 
+@pytest.mark.parametrize(("width", "before"), [(1, 0), (3, 1), (5, 2), (6, 3)])
+def test_the_shortcut_of_any_width_has_as_many_channels_as_the_block(width, before):
+    # Half of the channels that are missing, rounded down, come before and the rest behind.
+    block = resnet(8, 3, width=width).blocks[1].eval()
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+        x = torch.rand(2, width, 6, 6)
+        out = block(x)
+    assert out.shape == (2, 2 * width, 3, 3)
+    assert torch.equal(out[:, before : before + width], x[:, :, ::2, ::2])
+    assert not out[:, :before].any()
+    assert not out[:, before + width :].any()
+
+
 def test_convolutions_are_drawn_with_the_deviation_of_he_et_al():
     # sqrt(2 / fan_out) with fan_out = 9 64; a sample deviation of 36,864 normal draws is off by
     # 1 / sqrt(2 36864) = 0.4 % (one sigma), so 2 % is five.
@@ -100,6 +114,32 @@ def test_a_bare_parameter_keeps_its_value():
     model = nn.Sequential(nn.Linear(2, 2))
     model.scale = nn.Parameter(torch.tensor([5.0]))
     assert initialise(model, 0)["scale"] == 5
+
+
+SIZES = {"nhead": 2, "dim_feedforward": 6, "batch_first": True}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.MultiheadAttention(4, 2),
+        lambda: nn.TransformerEncoderLayer(4, **SIZES),
+        lambda: nn.Transformer(4, num_encoder_layers=1, num_decoder_layers=1, **SIZES),
+    ],
+    ids=["attention", "encoder layer", "transformer"],
+)
+def test_the_seed_determines_the_weights_of_attention_too(build):
+    first = initialise(build(), 3)
+    assert same_bits(initialise(build(), 3), first)
+    other = initialise(build(), 4)
+    drawn = [name for name in first if not torch.equal(first[name], other[name])]
+    # What PyTorch draws is every matrix. Beside it are vectors: norms, and biases of attention
+    # that start at 0 (nn.MultiheadAttention), after its parts have been reset.
+    assert [name for name in first if first[name].dim() == 2] == [
+        name for name in drawn if first[name].dim() == 2
+    ]
+    for name in first:
+        assert not name.endswith(("in_proj_bias", "out_proj.bias")) or not first[name].any()
 
 
 def test_seeded_gives_a_model_its_weights_in_place():

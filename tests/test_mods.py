@@ -261,7 +261,7 @@ def test_a_reply_that_is_no_ensemble_of_the_request_becomes_an_error(flower_log)
     message = Message(RecordDict({"arrays": record}), dst_node_id=100, message_type="train")
     edge = edge_app(lambda context: Odd(), mods=[ClipClones(1.0)])
     reply = edge(message, Context(1, 100, {}, RecordDict(), {}))
-    assert reply.error.reason == "ClipClones: w: expected shape (1, 2), got (1,)"
+    assert reply.error.reason == "ClipClones: w: expected shape (2,), got (1,)"
     assert flower_log == [reply.error.reason]
 
 

@@ -1,7 +1,9 @@
 import hashlib
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import few
@@ -22,6 +24,15 @@ words = st.text("ab0'\"\n", max_size=9)
 @given(seed=st.integers(-(2**70), 2**70), path=st.lists(st.integers() | words, max_size=3))
 def test_fold_in_is_a_seed_that_any_generator_accepts(seed, path):
     assert 0 <= fold_in(seed, *path) < 2**63
+
+
+def test_an_integer_means_the_same_seed_whoever_counted_it():
+    expected = fold_in(7, "edge", 3)
+    for three in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert fold_in(7, "edge", three) == expected
+    assert fold_in(np.int64(7), np.str_("edge"), 3) == expected
+    with pytest.raises(TypeError):
+        fold_in(7, "edge", 3.5)
 
 
 def test_different_purposes_get_different_seeds():

@@ -240,6 +240,16 @@ def test_nothing_is_run_where_nothing_is_left_open(machine, num_samples):
     assert ran == []
 
 
+def test_nothing_is_run_for_a_phase_of_no_samples(machine):
+    ran = []
+    model = large()
+    model.register_forward_hook(lambda *args: ran.append(args))
+    assert not planned(model, num_samples=0).compile
+    assert ran == []
+    assert planned(model, num_samples=LONG).compile
+    assert len(ran) == 1
+
+
 def test_a_runtime_is_compared_by_what_it_does_not_by_where_it_logs():
     assert Runtime(log=print) == Runtime() == Runtime(log=len)
     assert hash(Runtime(log=print)) == hash(Runtime())
@@ -295,8 +305,12 @@ def test_settings_seed_what_draws_inside_and_restore_what_was_outside():
     assert torch.equal(torch.get_rng_state(), outside)
 
 
-def test_the_gpu_that_trains_is_the_current_one_while_it_does(monkeypatch):
-    # Seeds, streams and graphs are those of the current GPU, which is the first unless told.
+@pytest.fixture
+def gpu(monkeypatch):
+    """A second GPU that is not there: which is the current one, and the seeds that each was given.
+
+    Seeds, streams and graphs are those of the current GPU, which is the first unless told.
+    """
     current, seeded = [0], []
 
     @contextmanager
@@ -308,10 +322,28 @@ def test_the_gpu_that_trains_is_the_current_one_while_it_does(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeded.append((current[0], seed)))
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    return SimpleNamespace(current=current, seeded=seeded)
+
+
+def test_the_gpu_that_trains_is_the_current_one_while_it_does(gpu):
     with settings(Runtime(device="cuda:1"), 5):
-        assert current == [1]
-    assert current == [0]
-    assert seeded == [(1, 5)]
+        assert gpu.current == [1]
+    assert gpu.current == [0]
+    assert gpu.seeded == [(1, 5)]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("allow_tf32", [True, False])
+def test_cudnn_is_made_deterministic_and_left_alone_otherwise(gpu, enabled, allow_tf32):
+    cudnn = torch.backends.cudnn
+
+    def flags():
+        return cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+
+    with cudnn.flags(enabled=enabled, allow_tf32=allow_tf32, benchmark=True):
+        with settings(Runtime(device="cuda"), 5):
+            assert flags() == (enabled, allow_tf32, True, False)
+        assert flags() == (enabled, allow_tf32, False, True)
 
 
 class Clock:

@@ -198,7 +198,7 @@ HOSTILE = {
     "extra": (extra, "missing none, unknown 'more'"),
     "misnamed": (rename, "missing 'conv.weight', unknown 'x'"),
     "shape": (change("conv.weight", lambda a: a[..., :1]), "conv.weight: expected shape (2, 8, 1"),
-    "clones": (change("conv.weight", lambda a: a[:1]), "expected shape (1, 8), got (2, 8)"),
+    "clones": (change("conv.weight", lambda a: a[:1]), "conv.weight: expected shape (2, 8, 1"),
     "float64": (
         change("conv.weight", np.float64),
         "expected dtype torch.float32, got torch.float6",

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from reference import ROUNDING, cnn, distance, images, mlp, same_bits, snapshot
+from torch import nn
 
 from flwr_cloned_kd import (
     Core,
@@ -264,8 +265,8 @@ def test_an_ensemble_is_run_once_in_its_life_in_the_memory(forwards, augment, ep
     state = start_of(core)
     for met, edge in enumerate(edges, start=1):
         state, _ = core.distill(state, edge)
-        # One sample tells how large a target is; then all 22 samples, once per view of theirs.
-        expected = {id(e): [1] + [22] * epochs_shown for e in edges[:met]}
+        # A batch tells how large a target is; then all 22 samples, once per view of theirs.
+        expected = {id(e): [8] + [22] * epochs_shown for e in edges[:met]}
         assert forwards == expected
 
 
@@ -273,10 +274,10 @@ def test_teachers_that_keep_nothing_see_every_batch_of_every_round(forwards):
     core = core_of(memory_size=2, runtime=Runtime(device="cpu", target_bytes=0))
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(3)]
     rounds(core, edges)
-    # One sample tells how large a target is, once; then three epochs of 8 + 8 + 6, in two rounds
+    # A batch of 8 tells how large a target is, once; then three epochs of 8 + 8 + 6, in two rounds
     # for all but the last ensemble.
     shown = [Counter(forwards[id(edge)]) for edge in edges]
-    assert shown == [{1: 1, 8: 12, 6: 6}] * 2 + [{1: 1, 8: 6, 6: 3}]
+    assert shown == [{8: 1 + 12, 6: 6}] * 2 + [{8: 1 + 6, 6: 3}]
 
 
 def test_teachers_of_an_arbitrary_augmentation_see_every_batch_and_keep_nothing(forwards):
@@ -291,7 +292,7 @@ def test_the_core_as_a_teacher_is_run_once_a_round(forwards):
     core = core_of(memory_size=1, core_as_teacher=True)
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
     rounds(core, edges)
-    sizes = [size for shown in forwards.values() for size in shown if size > 1]
+    sizes = [size for shown in forwards.values() for size in shown if size == 22]
     assert len(sizes) == (2 + 2) * 3  # two edges and twice the core, three epochs each
 
 
@@ -311,7 +312,7 @@ def test_a_budget_for_some_epochs_keeps_these_and_runs_the_teachers_for_the_rest
                 assert bank.num_bytes <= most_bytes
     assert bank.num_bytes == num_kept * EPOCH_BYTES
     rest = 2 * (3 - num_kept)  # epochs in two rounds
-    expected = Counter({1: 1, 22: num_kept, 8: 2 * rest, 6: rest})
+    expected = Counter({22: num_kept, 8: 1 + 2 * rest, 6: rest})
     assert Counter(forwards[id(ensemble)]) == +expected
 
 
@@ -499,12 +500,34 @@ def test_histories_that_take_turns_do_not_disturb_each_other():
     assert same_bits(right.params, expected[1])
 
 
+class Interrupted(list):
+    """Banks that are set by somebody else in the moment after they were set."""
+
+    def __init__(self, *interruptions):
+        super().__init__()
+        self._interruptions = list(interruptions)
+
+    def __setitem__(self, index, banks):
+        super().__setitem__(index, banks)
+        while self._interruptions:
+            self._interruptions.pop()()
+
+
+def test_a_core_that_two_threads_use_at_once_does_not_mix_up_their_teachers():
+    first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
+    core = core_of()
+    expected = rounds(core_of(), [first]).params
+    banks = Interrupted(lambda: rounds(core, [second]))
+    object.__setattr__(core, "_banks", banks)
+    assert same_bits(rounds(core, [first]).params, expected)
+
+
 def test_a_phase_that_stops_early_keeps_the_epochs_it_saw(forwards):
     core = core_of(recipe=replace(RECIPE, stop=lambda history: len(history) == 2), memory_size=2)
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
     found = rounds(core, edges)
     assert [bank.num_bytes for bank in core._banks] == [2 * EPOCH_BYTES] * 2
-    assert forwards == {id(edge): [1, 22, 22] for edge in edges}
+    assert forwards == {id(edge): [8, 22, 22] for edge in edges}
     assert distance(found.params, twin_rounds(core, edges)) < 2 * ROUNDING
 
 
@@ -519,7 +542,25 @@ def test_data_larger_than_a_forward_pass_is_split(forwards):
     seen = RECIPE.augment.view(x, views)[rows]
     found = bank(Batch(seen, y[rows], rows, 2))
     assert (found - target_by_hand(ensemble, seen)).abs().max() < 1e-6
-    assert forwards[id(ensemble)] == [1, 128, 128, 44]
+    assert forwards[id(ensemble)] == [4, 128, 128, 44]
+
+
+class Squeezes(nn.Module):
+    """Loses the axis of the batch where it is one sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(1), nn.Conv2d(1, 3, 8)
+
+    def forward(self, x):
+        return self.head(self.norm(x)).squeeze()
+
+
+@pytest.mark.parametrize("num_clones", [1, 2])
+def test_teachers_are_never_shown_a_lone_sample_that_the_data_does_not_have(num_clones):
+    core = core_of(seeded(Squeezes(), 0), memory_size=1)
+    edges = [ensemble_of(num_clones, build=lambda seed: seeded(Squeezes(), seed))]
+    assert distance(rounds(core, edges).params, twin_rounds(core, edges)) < ROUNDING
 
 
 def test_edges_of_the_library_teach_as_in_the_slow_twin():

@@ -27,6 +27,7 @@ from flwr_cloned_kd import (
     accounts,
     draw_timeline,
 )
+from flwr_cloned_kd.draws import LARGEST_SIGMA
 from flwr_cloned_kd.timeline import Span, spans
 
 W_BYTES = 136  # a float64 scalar: 8 bytes and NumPy's header of 128
@@ -409,6 +410,15 @@ def test_log_normal_has_its_median_and_spread():
     assert deviation == pytest.approx(0.5, abs=0.03)  # sigma / sqrt(2 n) = 0.0056; five of them
 
 
+def test_the_widest_log_normal_number_is_still_finite(monkeypatch):
+    draw = LogNormal(median=1e100, sigma=LARGEST_SIGMA)
+    # Python's normal numbers are sqrt(-2 ln u) cos v for u of at least 2^-53: at most 8.6.
+    extreme = math.sqrt(2 * 53 * math.log(2))
+    for gauss in (extreme, -extreme):
+        monkeypatch.setattr("random.Random.gauss", lambda self, mu, sigma, x=gauss: x)
+        assert 0 < draw(0, 1, 0) < math.inf
+
+
 def test_exponential_has_its_mean():
     draw = Exponential(mean=30.0)
     # Standard error of the mean: 30 / sqrt(4000) = 0.47; four of them.
@@ -464,7 +474,13 @@ def test_a_trace_that_is_none_is_named(tmp_path, name, text):
     [
         lambda: LogNormal(median=0, sigma=1),
         lambda: LogNormal(median=1, sigma=-1),
+        lambda: LogNormal(median=math.inf, sigma=1),
+        lambda: LogNormal(median=math.nan, sigma=1),
+        lambda: LogNormal(median=1, sigma=1e4),
+        lambda: LogNormal(median=1, sigma=math.nan),
         lambda: Exponential(mean=0),
+        lambda: Exponential(mean=math.inf),
+        lambda: Exponential(mean=math.nan),
         lambda: VirtualGrid([]),
         lambda: run(VirtualGrid(nodes(1), compute=-1.0), rounds=1),
     ],
