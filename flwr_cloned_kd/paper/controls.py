@@ -62,23 +62,24 @@ def _skewed(alpha: float) -> dict[str, Any]:
 
 CONTROLS = [
     Control("methods", "CEM, practical (ours)", PRACTICAL),
+    Control("methods", "CPM, practical: 1 clone", {**PRACTICAL, "variant": "CPM"}),
     Control("methods", "CEM, paper", CEM),
     Control("methods", "CPP, paper", CPP),
     Control("baselines", "keep the clone", AVERAGE),
     Control("baselines", "FedAvg, 1 round", FEDAVG_2, after=1),
     Control("baselines", "FedAvg, 2 rounds", FEDAVG_2),
     Control("baselines", "FedAvg, R rounds", FEDAVG),
-    Control("baselines", "FedProx, 1 round", FEDAVG_2 | FEDPROX, False, 1),
-    Control("baselines", "FedProx, 2 rounds", FEDAVG_2 | FEDPROX, False),
-    Control("baselines", "FedProx, R rounds", FEDAVG | FEDPROX, False),
+    Control("baselines", "FedProx, 1 round", FEDAVG_2 | FEDPROX, after=1),
+    Control("baselines", "FedProx, 2 rounds", FEDAVG_2 | FEDPROX),
+    Control("baselines", "FedProx, R rounds", FEDAVG | FEDPROX),
     *(
-        Control("baselines", f"FedAsync, alpha {alpha}", {**AVERAGE, "mix": alpha}, False)
+        Control("baselines", f"FedAsync, alpha {alpha}", {**AVERAGE, "mix": alpha})
         for alpha in (0.3, 0.6, 0.9)
     ),
     Control("baselines", "FedAsync, alpha 0.6, 3 in flight",
-            {**AVERAGE, "mix": 0.6, "order": _three_in_flight}, False),
+            {**AVERAGE, "mix": 0.6, "order": _three_in_flight}),
     *(
-        Control("baselines", f"FedBuff, K 3, lr {lr}", {**AVERAGE, **THREE, "mix": lr}, False)
+        Control("baselines", f"FedBuff, K 3, lr {lr}", {**AVERAGE, **THREE, "mix": lr})
         for lr in (0.5, 1.0)
     ),
     Control("baselines", "average, then distil (FedDF), 1 round", FEDDF, after=1),

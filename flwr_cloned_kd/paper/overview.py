@@ -10,6 +10,7 @@ from .figures import (
     DOTS_PER_INCH,
     GREEN,
     NOISE_LINES,
+    ORANGE,
     PAPER_LAG,
     PURPLE,
     SKY,
@@ -24,9 +25,12 @@ from .seeds import OURS
 
 AT_WHAT_COST = {
     "CEM, practical (ours)": ("ours", BLUE, "*", -3),
+    "CPM, practical: 1 clone": ("ours, 1 clone", BLUE, "*", -3),
     "CEM, paper": ("CEM", SKY, "D", -3),
     "CPP, paper": ("CPP", VERMILION, "o", -10),
     "keep the clone": ("keep the clone", PURPLE, "^", 4),
+    "FedAsync, alpha 0.6": ("FedAsync", ORANGE, "X", -9),
+    "FedBuff, K 3, lr 0.5": ("FedBuff", ORANGE, "P", 3),
     "FedAvg, 1 round": ("FedAvg, 1 round", BLACK, "s", -13),
     "FedAvg, 2 rounds": ("FedAvg, 2 rounds", BLACK, "s", -12),
     "FedAvg, R rounds": ("FedAvg, 9 rounds", BLACK, "s", -3),
