@@ -68,6 +68,21 @@ class Report:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def precede(self, strategy: str, history: list[dict[str, Any]]) -> None:
+        """Put the rounds of a history that a run before this one made in front of its own."""
+        mine = [row for row in self.rows if row["strategy"] == strategy]
+        times = [0.0, *(row["time"] for row in history)]
+        earlier = [
+            {"strategy": strategy, **row, "seconds": row["time"] - before}
+            for row, before in zip(history[: len(history) - len(mine)], times)
+        ]
+        if not earlier:
+            return
+        place = self.rows.index(mine[0]) if mine else len(self.rows)
+        self.rows[place:place] = earlier
+        lines = [json.dumps(row) + "\n" for row in self.rows]
+        write_atomically(self.folder / "metrics.jsonl", "".join(lines))
+
     def keep(self, strategy: str, events: Sequence[Event]) -> None:
         """Remember who was busy when, for a timeline."""
         self._events[strategy] = events
