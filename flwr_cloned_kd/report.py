@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from flwr.common import log
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .core import Core
@@ -97,6 +98,8 @@ class Report:
                 draw_timeline(events, self.folder / f"timeline-{name}.png", title=name)
         except ImportError:
             log(30, 'No picture: it needs matplotlib, pip install "flwr-cloned-kd[plots]"')
+        except Exception as error:  # whatever matplotlib raises: hours of training are done
+            log(30, "No picture: %s: %s", type(error).__name__, error)
         console = Console(width=118)
         for table in (rounds_table(self.rows), comparison_table(self.rows, self.first)):
             console.print(table)
@@ -145,7 +148,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["strategy"],
             str(row["round"]),
-            str(row["edge"]),
+            escape(str(row["edge"])),  # a name that an edge has given itself
             _number(row, "edge-accuracy"),
             _number(row, "ensemble-accuracy"),
             core,

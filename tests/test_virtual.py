@@ -27,7 +27,7 @@ from flwr_cloned_kd import (
     accounts,
     draw_timeline,
 )
-from flwr_cloned_kd.timeline import Span, spans
+from flwr_cloned_kd.timeline import CORE, Span, spans
 
 W_BYTES = 136  # a float64 scalar: 8 bytes and NumPy's header of 128
 
@@ -357,12 +357,12 @@ def test_spans_pair_what_began_with_what_ended_it():
     strategy = run(grid, rounds=3, timeout=50, max_in_flight=4)
     # Edge 2 crashes half way through its 4 s; three rounds ask three edges.
     assert sorted(spans(strategy.events)) == [
+        (CORE, 1, 3, "learn"),
+        (CORE, 3, 3, "refused"),
+        (CORE, 4.5, 6.5, "learn"),
         ("1", 0, 1, "train"),
         ("2", 0, 4.5, "train"),
         ("3", 0, 2, "error"),
-        ("core", 1, 3, "learn"),
-        ("core", 3, 3, "refused"),
-        ("core", 4.5, 6.5, "learn"),
     ]
 
 
@@ -372,6 +372,10 @@ def test_what_is_under_way_at_the_end_lasts_until_then():
     assert Span("2", 0, 5, "expire") in spans(strategy.events)
     begun = [Event(0.0, "ask", "1", 1, 0), Event(3.0, "arrive", "2", 0, 0)]
     assert spans(begun) == [Span("1", 0, 3, "open")]
+    cut_off = [Event(1, "learn", "core", 1, 0), Event(3, "arrive", "2", 0, 0)]
+    assert spans(cut_off) == [Span(CORE, 1, 3, "open")]
+    namesake = [Event(0, "ask", "core", 1, 0), Event(1, "answer", "core", 1, 0)]
+    assert [span.lane for span in spans(namesake)] == ["core"] != [CORE]
 
 
 @pytest.mark.parametrize("whose", ["strategy", "grid"])
