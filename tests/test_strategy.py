@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fake_grid import FakeGrid, silent
-from federation import RECIPE, app, apps, small_core
+from federation import app, apps, small_core
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
@@ -460,7 +460,6 @@ def test_the_summary_names_what_matters(flower_log):
     assert "Clones per edge: 4" in text
     assert "Temporal memory: 3" in text
     assert f"{len(small_core().dataset[1])} samples, seed 7" in text
-    assert RECIPE.epochs == 2
 
 
 def test_an_edge_cannot_pass_for_a_nameless_node():
