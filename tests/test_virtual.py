@@ -347,6 +347,15 @@ def test_ten_thousand_edges_in_a_minute_and_no_message_is_kept():
     assert sum(type(found) is Message for found in gc.get_objects()) < 200
 
 
+@pytest.mark.parametrize("core", [0.0, 0.1, 1.0, 3.0])
+def test_edges_of_equal_speed_are_at_most_two_slots_of_versions_late(core):
+    """What docs/asynchronous.md advises: m answers may wait while m more are under way."""
+    for slots in (2, 3, 5):
+        grid = VirtualGrid(nodes(20), core=core)
+        strategy = run(grid, rounds=60, max_in_flight=slots, revisit=True)
+        assert max(row["staleness"] for row in strategy.history) == 2 * slots - 1
+
+
 # Timelines
 
 
