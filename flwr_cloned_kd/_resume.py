@@ -23,7 +23,6 @@ def save(path: Path, strategy: "AsyncStrategy", progress: Progress, result: Resu
     tensors, state = strategy.state_dict()
     header = {
         "strategy": type(strategy).__name__,
-        "revisit": strategy.revisit,
         "version": strategy.version,
         "state": state,
         "next_number": progress.next_number,
@@ -54,10 +53,9 @@ def resume(path: Path, strategy: "AsyncStrategy", result: Result) -> Progress | 
     tensors, header, cause = found
     if cause:
         log(WARNING, "%s; taking %s instead", cause, previous(path).name)
-    ours = {"strategy": type(strategy).__name__, "revisit": strategy.revisit}
-    for name, value in ours.items():
-        if header.get(name) != value:
-            raise ValueError(f"{path}: {name}: expected {value}, got {header.get(name)}")
+    ours, theirs = type(strategy).__name__, header.get("strategy")
+    if theirs != ours:
+        raise ValueError(f"{path}: strategy: expected {ours}, got {theirs}")
     try:
         strategy.version = int(header["version"])
         strategy.load_state_dict(tensors, header["state"])
