@@ -301,7 +301,8 @@ class Courier:
     def _rest(self) -> None:
         """End the run once there has been nothing to do for long, or too much has failed."""
         now = self.now()
-        paused = now < self._health.paused_until and not self._health.gave_up
+        pauses = self._health.paused_until > now or self._session.next_rested < float("inf")
+        paused = pauses and not self._health.gave_up
         if self._unsettled or self._register.expecting or paused:
             self._idle_since = now
         elif self._health.gave_up or now >= self._idle_since + self._timeout:

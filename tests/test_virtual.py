@@ -356,6 +356,21 @@ def test_edges_of_equal_speed_are_at_most_two_slots_of_versions_late(core):
         assert max(row["staleness"] for row in strategy.history) == 2 * slots - 1
 
 
+def test_a_run_waits_for_its_only_edge_to_recover():
+    """It rests 10 s after its first failure and 20 s after its second, longer than the timeout."""
+    answer, failures = adds(5), [1, 2]
+
+    def edge(message, context):
+        if message.metadata.message_type == "train" and failures:
+            raise MemoryError(f"out of memory, {failures.pop()} to go")
+        return answer(message, context)
+
+    strategy = run(VirtualGrid([edge]), rounds=3, timeout=5, revisit=True)
+    assert [row["accepted"] for row in strategy.history] == [0, 0, 1]
+    # One second of training each.
+    assert [row["time"] for row in strategy.history] == [1, 12, 33]
+
+
 # Timelines
 
 
