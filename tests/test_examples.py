@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
 
 from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, load_digits, take, train_edge
@@ -232,3 +234,23 @@ def test_the_loop_without_flower_explains_itself():
 def test_seeds_of_one_purpose_do_not_collide_with_another():
     assert len({fold_in(0, "phase-1", 1), fold_in(0, "phase-2", 1), edge_seed(1, 1)}) == 3
     assert edge_seed(0, 1) == fold_in(0, "phase-1", 1)
+
+
+def test_an_edge_of_the_deployment_splits_the_data_as_its_server_does(monkeypatch):
+    """Whatever num-partitions says: split into two, edge 0 would hold rows of the core's third."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(str(EXAMPLES / "deployment"))
+    make = importlib.import_module("deployment.client_app").client_fn
+    part = importlib.import_module("deployment.task").part
+    config = {"num-edges": 3, "edge-epochs": 1, "seed": 4}
+
+    def edge(partition):
+        node = {"partition-id": partition, "num-partitions": 2}
+        return make(Context(1, 5, node, RecordDict(), config))
+
+    for partition in range(3):
+        inputs, labels = part(1 + partition, 3, 4)
+        assert torch.equal(edge(partition).dataset[0], inputs)
+        assert torch.equal(edge(partition).dataset[1], labels)
+    with pytest.raises(ValueError, match=r"partition-id: expected below num-edges \(3\), got 3"):
+        edge(3)
