@@ -196,6 +196,29 @@ def test_a_longer_run_goes_on_from_a_finished_one(path):
     assert strategy.w == 7
 
 
+def test_the_header_does_not_grow_with_the_rounds(path):
+    """The format allows it 100 MB, which at 700 bytes a round a long run would reach."""
+
+    def header_bytes():
+        return int.from_bytes(path.read_bytes()[:8], "little")
+
+    options = {"checkpoint": path, "revisit": True}
+    Kept(**options).start(FakeGrid([adds(1)]), NOTHING, num_rounds=10)
+    before, whole = header_bytes(), path.stat().st_size
+    Kept(**options).start(FakeGrid([adds(1)]), NOTHING, num_rounds=60)
+    assert path.stat().st_size > whole + 50 * 200
+    assert header_bytes() <= before + 32  # numbers with more digits, padding
+
+
+def test_a_file_without_the_rounds_of_the_run_is_refused(path):
+    Kept(checkpoint=path).start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    tensors, header = file.read(path)
+    del tensors["run/rounds"]
+    file.write(path, tensors, header)
+    with pytest.raises(ValueError, match=r"expected a complete header, got KeyError.'run/rounds'"):
+        start_from(path, Kept(checkpoint=path))
+
+
 def test_evaluations_are_kept(path):
     def evaluate(server_round, arrays):
         from flwr.app import MetricRecord
