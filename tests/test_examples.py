@@ -128,6 +128,13 @@ def started(monkeypatch, *arguments):
     return found[0] if found else code
 
 
+@pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*/README.md")), ids=lambda p: p.parent.name)
+def test_an_example_is_installed_from_this_repository(page):
+    commands = re.findall(r"^pip install .*$", page.read_text(), re.M)
+    assert commands
+    assert all(re.fullmatch(r'pip install -e "\.\./\.\.\[[a-z,]+\]"', line) for line in commands)
+
+
 def test_the_runner_takes_edges_and_results_from_the_run_config(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config, resources = started(monkeypatch, "--run-config", "num-edges=5 results='/tmp/x' seed=3")
