@@ -5,8 +5,10 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,7 @@ class Report:
         name = (
             f"{settings.dataset}-{settings.variant}-{settings.preset}-seed{settings.seed}-{stamp}"
         )
-        self.folder = Path(settings.results or "results").absolute() / name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = make_folder(Path(settings.results or "results").absolute() / name)
 
     def add(self, strategy: str, row: dict[str, Any]) -> None:
         """Append one round of a strategy, on disk too."""
@@ -127,6 +128,16 @@ class Report:
             "versions": {"python": platform.python_version()} | _versions(),
             "hardware": _hardware(self._device),
         }
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder of one's own: with a number behind its name if there is one already."""
+    for number in count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
 
 
 def final_accuracy(rows: list[dict[str, Any]], strategy: str, first: float) -> float:

@@ -116,6 +116,14 @@ def test_no_name_an_edge_gives_itself_keeps_a_run_from_ending(report, name, flow
     assert f" {name} " in console.export_text()
 
 
+def test_two_runs_of_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("flwr_cloned_kd.report.time.strftime", lambda form: "20260101-000000")
+    settings = Settings(results=str(tmp_path / "deep" / "er"))
+    folders = [Report(settings, small_core(), 0.5).folder.name for _ in range(3)]
+    first = "digits-CEM-practical-seed0-20260101-000000"
+    assert folders == [first, f"{first}-2", f"{first}-3"]
+
+
 def test_a_picture_that_fails_costs_one_line_not_the_report(report, monkeypatch, flower_log):
     def broken(*args, **options):
         raise RuntimeError("no such font")
