@@ -371,6 +371,22 @@ def test_a_run_waits_for_its_only_edge_to_recover():
     assert [row["time"] for row in strategy.history] == [1, 12, 33]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"down": 0.0}, r"down of edge 0: expected above 0, got 0\.0"),
+        ({"up": 0}, "up of edge 0: expected above 0, got 0"),
+        ({"crash": 1.5}, r"crash of edge 0: expected 0 to 1, got 1\.5"),
+        ({"crash": float("nan")}, "crash of edge 0: expected 0 to 1, got nan"),
+        ({"compute": -1}, "compute of edge 0: expected at least 0, got -1"),
+    ],
+)
+def test_a_speed_out_of_range_is_named(options, message):
+    grid = VirtualGrid(nodes(1), **options)
+    with pytest.raises(ValueError, match=message):
+        run(grid, rounds=1)
+
+
 # Timelines
 
 
