@@ -104,6 +104,14 @@ class Register:
             self._introduce(batch, online)
         self._batches = [batch for batch in self._batches if batch.questions]
 
+    def present(self) -> Set[int]:
+        """Welcome newcomers and return the node ids present; raise what the grid raises."""
+        try:
+            self.welcome(online := self.online())
+        except GridFailure as failure:  # Flower's own loop knows its grid, and not this
+            raise failure.__cause__ or failure from None
+        return online
+
     @property
     def expecting(self) -> bool:
         """Whether newcomers have yet to say who they are."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._clock import Stepped, clock_of
 from ._courier import Courier
-from ._register import GridFailure, Register
+from ._register import Register
 from ._resume import require, resume, save
 from ._round import Answer, Progress, account, evaluate, tell
 from ._session import Dispatch, Session
@@ -256,11 +256,7 @@ class AsyncStrategy(Strategy):
         )
 
     def _next_node(self, register: Register) -> int | None:
-        try:
-            register.welcome(online := register.online())
-        except GridFailure as failure:  # Flower's own loop knows what its grid raises
-            raise failure.__cause__ or failure from None
-        return self._session.choose(online, self._now())
+        return self._session.choose(register.present(), self._now())
 
     def _compose(
         self, number: int, node: int, now: float, config: ConfigRecord
