@@ -1,5 +1,5 @@
 # make demo   run the 9-edge digits setup: cloned KD, then Flower's FedAvg and FedProx
-# make test   ruff, mypy --strict and all tests
+# make test   ruff, mypy --strict and the tests, but those marked slow, gpu or deployment
 # make quick  the tests that start no Flower processes
 # make deployment   the tests with SuperLink and SuperNodes; 5 minutes, not part of make test
 

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from flwr_cloned_kd.settings import Settings
 
@@ -39,7 +40,9 @@ def main() -> int:
         metavar="KEYS",
         help="settings to override, as for `flwr run`: \"variant='CPP' seed=1\"",
     )
-    parser.add_argument("--num-edges", type=int, default=9, help="simulated nodes (default: 9)")
+    parser.add_argument(
+        "--num-edges", type=int, help="simulated nodes (default: num-edges of the run-config)"
+    )
     parser.add_argument(
         "--num-cpus", type=float, default=1, help="cores an edge asks for (default: 1)"
     )
@@ -47,21 +50,24 @@ def main() -> int:
         "--num-gpus", type=float, default=0, help="GPUs an edge asks for (default: 0)"
     )
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder (default: ./results)"
+        "--results", type=Path, help="folder (default: results of the run-config, or ./results)"
     )
     arguments = parser.parse_args()
     # A terminated script must end its SuperLink too, as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = find_app(arguments.app)
-    results = arguments.results.absolute()
-    overrides = [*arguments.run_config, f"num-edges={arguments.num_edges} results='{results}'"]
     try:
-        check(folder, overrides)
+        config = parse(arguments.run_config)
+        if arguments.num_edges is not None:
+            config["num-edges"] = arguments.num_edges
+        settings = check(folder, config)
+        results = Path(arguments.results or settings.results or "results").absolute()
+        overrides = as_pairs(config | {"results": str(results)})
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     resources = {
-        "num-supernodes": arguments.num_edges,
+        "num-supernodes": settings.num_edges,
         "client-resources-num-cpus": arguments.num_cpus,
         "client-resources-num-gpus": arguments.num_gpus,
     }
@@ -87,26 +93,47 @@ def find_app(app: Path) -> Path:
     sys.exit(f"{app}: expected a folder with a pyproject.toml")
 
 
-def check(app: Path, overrides: list[str]) -> None:
-    """Refuse a wrong setting at once; Flower would say "Invalid run configuration" and no more."""
-    config = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+def parse(overrides: list[str]) -> dict[str, Any]:
+    """Read files and key=value pairs as `flwr run` does, but both at once."""
+    config: dict[str, Any] = {}
     for override in overrides:
-        if Path(override).suffix == ".toml":
-            text = Path(override).read_text()
-        else:
-            pairs = r"""[\w-]+\s*=\s*(?:'[^']*'|"[^"]*"|[^\s'"]+)"""
-            if rest := re.sub(pairs, "", override).strip():
-                raise ValueError(f"--run-config: expected key=value pairs, got {rest!r}")
-            text = "\n".join(re.findall(pairs, override))
         try:
+            if Path(override).suffix == ".toml":
+                text = Path(override).expanduser().read_text()
+            else:
+                pairs = r"""[\w-]+\s*=\s*(?:'[^']*'|"[^"]*"|[^\s'"]+)"""
+                if rest := re.sub(pairs, "", override).strip():
+                    raise ValueError(f"--run-config: expected key=value pairs, got {rest!r}")
+                text = "\n".join(re.findall(pairs, override))
             config |= tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (OSError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"--run-config {override}: {error}") from None
-    Settings.read(config)
+    return config
+
+
+def check(app: Path, config: dict[str, Any]) -> Settings:
+    """Refuse a wrong setting at once; Flower would say "Invalid run configuration" and no more."""
+    defaults = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    return Settings.read(defaults | config)
+
+
+def as_pairs(config: dict[str, Any]) -> str:
+    """Write settings as `flwr run` takes them: its strings have one kind of quotes."""
+    words = []
+    for key, value in config.items():
+        if not isinstance(value, str):
+            words.append(f"{key}={json.dumps(value)}")
+        elif "'" not in value:
+            words.append(f"{key}='{value}'")
+        elif '"' not in value:
+            words.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+        else:
+            raise ValueError(f"{key}: expected one kind of quotes at most, got {value!r}")
+    return " ".join(words)
 
 
 def simulate(
-    app: Path, overrides: list[str], resources: dict[str, float], home: Path
+    app: Path, overrides: str, resources: dict[str, float], home: Path
 ) -> tuple[str, list[str]]:
     """Return the run's status, "finished:completed" if all is well, and its last lines."""
     port = free_port()
@@ -135,12 +162,10 @@ def simulate(
 
 
 def stream(
-    app: Path, overrides: list[str], resources: dict[str, float], environment: dict[str, str]
+    app: Path, overrides: str, resources: dict[str, float], environment: dict[str, str]
 ) -> tuple[str, list[str]]:
     """Run the app, printing what it says."""
-    command = ["flwr", "run", str(app), "--stream"]
-    for override in overrides:
-        command += ["--run-config", override]
+    command = ["flwr", "run", str(app), "--stream", "--run-config", overrides]
     federation = " ".join(f"{key}={value}" for key, value in resources.items())
     command += ["--federation-config", federation]
     run_id, tail = "", deque[str](maxlen=LAST_LINES)

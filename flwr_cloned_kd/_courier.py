@@ -12,7 +12,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from ._clock import Health, Stepped, clock_of
-from ._register import GridFailure, Register, on_grid
+from ._register import GridFailure, Register, on_grid, pull_each
 from ._round import Answer, Progress
 from ._session import Dispatch, Session
 
@@ -70,7 +70,7 @@ class Courier:
         self._register = Register(grid, session, self.now, self._seen)
         self._answers: deque[Answer] = deque()
         self._unsettled: dict[int, str] = {}
-        self._failed_calls, self._idle_since = 0, self.now()
+        self._failed_calls, self._num_arrived, self._idle_since = 0, 0, self.now()
         self._ended = self._closed = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -194,10 +194,13 @@ class Courier:
         Raises:
             ConnectionError: if too many tries in a row failed.
         """
+        heard = self._num_heard
         try:
             moved = self.tick()
         except GridFailure as failure:
-            cause, self._failed_calls = failure.__cause__, self._failed_calls + 1
+            # A grid that has fetched something is not broken: edges that send junk end no run.
+            before = self._failed_calls if self._num_heard == heard else 0
+            cause, self._failed_calls = failure.__cause__, before + 1
             if self._stepped is not None and cause is not None:
                 raise cause from None  # nothing is lost on the way there: it is a mistake
             found = f"{type(cause).__name__}: {str(cause)[:200]}"
@@ -210,10 +213,14 @@ class Courier:
         self._failed_calls = 0
         return -1.0 if moved else 0.0
 
+    @property
+    def _num_heard(self) -> int:
+        return self._num_arrived + self._register.num_answers
+
     def _pull(self, online: Set[int]) -> int:
         in_flight = self._session.in_flight
         asked = [key for key, dispatch in in_flight.items() if dispatch.node_id in online]
-        replies = on_grid(lambda: list(self._grid.pull_messages(asked))) if asked else []
+        replies = pull_each(self._grid, asked)
         return sum(self._arrive(reply.metadata.reply_to_message_id, reply) for reply in replies)
 
     def _expire(self) -> int:
@@ -231,6 +238,7 @@ class Courier:
             kind = "expire" if reply is None else "error" if reply.has_error() else "answer"
             self._record(answer.arrived_at, kind, dispatch.edge, dispatch.number)
             self._answers.append(answer)
+            self._num_arrived += 1
             self._changed.notify_all()
         return True
 
@@ -293,7 +301,8 @@ class Courier:
     def _rest(self) -> None:
         """End the run once there has been nothing to do for long, or too much has failed."""
         now = self.now()
-        paused = now < self._health.paused_until and not self._health.gave_up
+        pauses = self._health.paused_until > now or self._session.next_rested < float("inf")
+        paused = pauses and not self._health.gave_up
         if self._unsettled or self._register.expecting or paused:
             self._idle_since = now
         elif self._health.gave_up or now >= self._idle_since + self._timeout:

@@ -1,6 +1,6 @@
 """Which nodes are present, and who they say they are."""
 
-from collections.abc import Callable, Iterable, KeysView, Set
+from collections.abc import Callable, Iterable, Iterator, KeysView, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +30,20 @@ def on_grid(call: Callable[[], Found]) -> Found:
         raise GridFailure from error
 
 
+def pull_each(grid: Grid, message_ids: Iterable[str]) -> Iterator[Message]:
+    """Pull replies by one call each, as far as it goes.
+
+    Flower deletes all that a call asks for before it decodes any of it: pulled together, one
+    reply of junk would cost all the others. Of the deleted one the next call says, by an error
+    reply, that it is not to be had.
+
+    Raises:
+        GridFailure: at the first reply that could not be fetched or decoded.
+    """
+    for message_id in message_ids:
+        yield from on_grid(lambda asked=message_id: list(grid.pull_messages([asked])))  # type: ignore[misc]
+
+
 @dataclass
 class _Batch:
     """Newcomers that were asked together; they join in order of arrival."""
@@ -57,6 +71,8 @@ class Register:
         seen: Callable[[str], None] = lambda edge: None,
     ) -> None:
         self._grid, self._session, self._now, self._seen = grid, session, now, seen
+        self.num_answers = 0
+        """Newcomers that have said who they are, or that they cannot say."""
         self._batches: list[_Batch] = []
         self._known: set[int] = set()
         self._last: Set[int] | None = None
@@ -87,6 +103,14 @@ class Register:
             self._collect(batch, online)
             self._introduce(batch, online)
         self._batches = [batch for batch in self._batches if batch.questions]
+
+    def present(self) -> Set[int]:
+        """Welcome newcomers and return the node ids present; raise what the grid raises."""
+        try:
+            self.welcome(online := self.online())
+        except GridFailure as failure:  # Flower's own loop knows its grid, and not this
+            raise failure.__cause__ or failure from None
+        return online
 
     @property
     def expecting(self) -> bool:
@@ -131,11 +155,9 @@ class Register:
             for node, message_id in batch.questions.items()
             if message_id and node not in batch.names and node in online
         }
-        if not waiting:
-            return
-        replies: Iterable[Message] = on_grid(lambda: list(self._grid.pull_messages(list(waiting))))
-        for reply in replies:
+        for reply in pull_each(self._grid, waiting):
             if (node := waiting.get(reply.metadata.reply_to_message_id)) is not None:
+                self.num_answers += 1
                 batch.names[node] = name_of(reply)
                 batch.until = min(batch.until, self._now() + PATIENCE_SECONDS)
 

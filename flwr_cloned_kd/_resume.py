@@ -1,9 +1,11 @@
 """What a run writes down after every round, and how the next one goes on from there."""
 
+import json
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from flwr.app import MetricRecord
 from flwr.common import log
 from flwr.serverapp.strategy import Result
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from .asynchronous import AsyncStrategy
 
 NOT_METRICS = ("round", "edge", "cause")
+ROUNDS = "run/rounds"
+"""The tensor of bytes that holds what grows with every round: safetensors allows a header 100 MB.
+"""
 
 
 def save(path: Path, strategy: "AsyncStrategy", progress: Progress, result: Result) -> None:
@@ -23,15 +28,15 @@ def save(path: Path, strategy: "AsyncStrategy", progress: Progress, result: Resu
     tensors, state = strategy.state_dict()
     header = {
         "strategy": type(strategy).__name__,
-        "revisit": strategy.revisit,
         "version": strategy.version,
         "state": state,
         "next_number": progress.next_number,
         "in_flight": progress.unsettled,
         "visits": progress.visits,
-        "history": strategy.history,
-        "evaluations": {k: dict(v) for k, v in result.evaluate_metrics_serverapp.items()},
     }
+    evaluations = {k: dict(v) for k, v in result.evaluate_metrics_serverapp.items()}
+    rounds = json.dumps({"history": strategy.history, "evaluations": evaluations}).encode()
+    tensors = {**tensors, ROUNDS: torch.frombuffer(bytearray(rounds), dtype=torch.uint8)}
     try:
         write(path, tensors, header)
     except (OSError, SafetensorError) as error:
@@ -54,18 +59,18 @@ def resume(path: Path, strategy: "AsyncStrategy", result: Result) -> Progress | 
     tensors, header, cause = found
     if cause:
         log(WARNING, "%s; taking %s instead", cause, previous(path).name)
-    ours = {"strategy": type(strategy).__name__, "revisit": strategy.revisit}
-    for name, value in ours.items():
-        if header.get(name) != value:
-            raise ValueError(f"{path}: {name}: expected {value}, got {header.get(name)}")
+    ours, theirs = type(strategy).__name__, header.get("strategy")
+    if theirs != ours:
+        raise ValueError(f"{path}: strategy: expected {ours}, got {theirs}")
     try:
         strategy.version = int(header["version"])
+        rounds = json.loads(tensors.pop(ROUNDS).numpy().tobytes())
         strategy.load_state_dict(tensors, header["state"])
-        rows: list[dict[str, Any]] = header["history"]
+        rows: list[dict[str, Any]] = rounds["history"]
         for row in rows:
             numbers = {name: value for name, value in row.items() if name not in NOT_METRICS}
             result.train_metrics_clientapp[row["round"]] = MetricRecord(numbers)
-        for server_round, metrics in header["evaluations"].items():
+        for server_round, metrics in rounds["evaluations"].items():
             result.evaluate_metrics_serverapp[int(server_round)] = MetricRecord(metrics)
         progress = Progress(header["next_number"], header["in_flight"], header["visits"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -130,8 +130,12 @@ class Session(Generic[Sent]):
     def next_due(self) -> float:
         """When the next request expires or the next edge has rested; infinity if none does."""
         deadlines = (dispatch.deadline for dispatch in self.in_flight.values())
-        rested = self._resting[0][0] if self._resting else float("inf")
-        return min(rested, min(deadlines, default=float("inf")))
+        return min(self.next_rested, min(deadlines, default=float("inf")))
+
+    @property
+    def next_rested(self) -> float:
+        """When the next edge that failed may be asked again; infinity if none rests."""
+        return self._resting[0][0] if self._resting else float("inf")
 
     def _enqueue(self, node: int) -> None:
         visits = self.visits.get(self.names[node], 0)

@@ -1,8 +1,8 @@
 """Reading what edges send; every failure is a ValueError of one line."""
 
-import math
+import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
@@ -53,12 +53,17 @@ def metrics_of(content: RecordDict) -> dict[str, float]:
     """
     record = only(content.metric_records, "MetricRecord")
     count = record.get("num-examples")
-    if not isinstance(count, int | float) or not 0 < count < math.inf:
+    if not _is_finite(count) or count <= 0:
         raise ValueError(f"num-examples: expected a number above 0, got {str(count)[:80]}")
-    finite = [(k, v) for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)]
+    finite = [(name, value) for name, value in record.items() if _is_finite(value)]
     reported = {f"reported-{name[:MOST_NAME_CHARACTERS]}": v for name, v in finite[:MOST_METRICS]}
     reported.pop("reported-num-examples", None)
     return {"num-examples": count, **reported}
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    """Say whether this is a number that a float can hold, which a long integer is not."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def name_of(reply: Message | None) -> str:

@@ -256,8 +256,7 @@ class AsyncStrategy(Strategy):
         )
 
     def _next_node(self, register: Register) -> int | None:
-        register.welcome(online := register.online())
-        return self._session.choose(online, self._now())
+        return self._session.choose(register.present(), self._now())
 
     def _compose(
         self, number: int, node: int, now: float, config: ConfigRecord

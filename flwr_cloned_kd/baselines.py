@@ -113,8 +113,7 @@ class _Averaging(AsyncStrategy):
         self._measured = self._measurements(params)
         self.params = params
 
-    def _advance(self, params: StateDict) -> None:
-        measured = self._measurements(params)
+    def _advance(self, params: StateDict, measured: dict[str, float]) -> None:
         with self.publishing:
             self.params, self._measured, self.version = params, measured, self.version + 1
 
@@ -183,7 +182,8 @@ class FedAsync(_Averaging):
             name: (1 - alpha_t) * tensor.double() + alpha_t * trained[name].double()
             for name, tensor in self._current.items()
         }
-        self._advance(cast(mixed, self._current))
+        params = cast(mixed, self._current)
+        self._advance(params, self._measurements(params))
         return {"mixing-weight": alpha_t}
 
 
@@ -211,7 +211,9 @@ class FedBuff(_Averaging):
         max_staleness: refuse answers to a model older than this many versions; None takes all.
         proximal_mu: sent as "proximal-mu": the edge adds mu/2 |w - w_sent|^2 to its loss; None
             sends nothing.
-        measure: metrics of a model, joined to those of its round; may refuse it.
+        measure: metrics of a model, joined to those of its round; may refuse it. Called for every
+            answer, on the model that it and those in the buffer so far would make, so that a
+            refused one never enters the sum.
         loop: options of `AsyncStrategy`: `max_in_flight` (10), `revisit` (True), `on_round`.
 
     Raises:
@@ -279,10 +281,11 @@ class FedBuff(_Averaging):
         params = cast(moved, self._current)
         # Looked at before the buffer is full: later it could not be told who spoilt it.
         check_finite(params, "model after the buffer: ")
+        measured = self._measurements(params)
         if self.buffered + 1 < self.buffer_size:
             self._sum, self.buffered = total, self.buffered + 1
         else:
-            self._advance(params)
+            self._advance(params, measured)
             self._empty()
         return {"buffered": self.buffered}
 

@@ -15,7 +15,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.client import NumPyClient
+from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from torch import nn
@@ -131,7 +131,9 @@ class _EdgeApp(ClientApp):
 
 
 def edge_app(
-    client_fn: Callable[[Context], NumPyClient], *, mods: list[Callable[..., Message]] | None = None
+    client_fn: Callable[[Context], NumPyClient | Client],
+    *,
+    mods: list[Callable[..., Message]] | None = None,
 ) -> ClientApp:
     """Make one client app that answers both of Flower's APIs with one NumPyClient.
 
@@ -140,7 +142,8 @@ def edge_app(
     Legacy API: whatever `ServerAppComponents` sends.
 
     Args:
-        client_fn: called for every request but "query"; an `EdgeClient`, or any NumPyClient.
+        client_fn: called for every request but "query"; an `EdgeClient`, or any NumPyClient,
+            as it is or by `.to_client()`.
         mods: client mods around every request but "query", in the form `guarded` gives them:
             Flower's, which handle one model, answer a request for clones with an error that says
             so; `ClipClones` and `LocalDpClones` handle ensembles.
@@ -151,15 +154,17 @@ def edge_app(
     @app.train(mods=around)
     def train(message: Message, context: Context) -> Message:
         names, arrays, config = _unpack(message)
-        reply, num_examples, metrics = client_fn(context).fit(arrays, config)
-        record = ArrayRecord({name: Array(array) for name, array in zip(names, reply, strict=True)})
+        reply, num_examples, metrics = _numpy_client(client_fn(context)).fit(arrays, config)
+        if len(reply) != len(names):
+            raise ValueError(f"reply: expected {len(names)} arrays, got {len(reply)}")
+        record = ArrayRecord({name: Array(array) for name, array in zip(names, reply)})
         content = {"arrays": record, "metrics": _metrics(num_examples, metrics)}
         return Message(RecordDict(content), reply_to=message)  # type: ignore[arg-type]
 
     @app.evaluate(mods=around)
     def evaluate(message: Message, context: Context) -> Message:
         _, arrays, config = _unpack(message)
-        loss, num_examples, metrics = client_fn(context).evaluate(arrays, config)
+        loss, num_examples, metrics = _numpy_client(client_fn(context)).evaluate(arrays, config)
         record = _metrics(num_examples, {"loss": loss, **metrics})
         return Message(RecordDict({"metrics": record}), reply_to=message)
 
@@ -169,6 +174,14 @@ def edge_app(
         return Message(RecordDict({"config": config}), reply_to=message)
 
     return app
+
+
+def _numpy_client(client: NumPyClient | Client) -> NumPyClient:
+    """Return what `.to_client()`, with which the usual client_fn ends, has wrapped."""
+    found = getattr(client, "numpy_client", client)
+    if not isinstance(found, NumPyClient):
+        raise TypeError(f"client_fn: expected a NumPyClient, got {type(client).__name__}")
+    return found
 
 
 def _edge(context: Context) -> str:

@@ -236,6 +236,7 @@ def run_cloned_kd(
     )
     num_rounds = settings.num_rounds or settings.num_edges
     result = strategy.start(grid, first, num_rounds=num_rounds, timeout=settings.timeout)
+    report.precede("cloned-kd", strategy.history)
     report.keep("cloned-kd", strategy.events)
     return result
 

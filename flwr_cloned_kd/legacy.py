@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from logging import INFO, WARNING
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -22,6 +22,7 @@ from flwr.common import (
 from flwr.server import ClientManager
 from flwr.server.strategy import Strategy
 
+from ._round import tell
 from ._wire import MOST_CHARACTERS, MOST_NAME_CHARACTERS, ensemble_of, metrics_of, num_bytes
 from .core import Core, CoreState, edge_seed
 from .ensemble import StateDict, member, size
@@ -53,7 +54,10 @@ class LegacyClonedKD(Strategy):
         timeout: seconds to wait for an edge that was not asked yet; once they have passed, later
             rounds only look whether one is there.
         on_fit_config_fn: round -> further config of the request, as in Flower's FedAvg.
-        on_round: called with one flat dict after each round, the same as `AsyncStrategy`'s.
+        on_round: called with one flat dict after each round: round, edge, accepted (1 or 0), cause,
+            staleness (0), bytes-down, bytes-up, edge-seconds, core-seconds, num-clones, and what
+            `Core.distill` returned; see `AsyncStrategy`. An answer never waits, so there is no
+            wait-seconds, and none of idle times.
 
     Raises:
         ValueError: for a number out of range, or params that are not the core's.
@@ -139,11 +143,7 @@ class LegacyClonedKD(Strategy):
             "edge-seconds": answered - sent_at,
             "core-seconds": time.monotonic() - answered,
         }
-        if metrics["accepted"]:
-            log(INFO, "[ROUND %d] edge %s: %s", server_round, edge, _brief(metrics))
-        else:
-            cause = cause or f"the guard, by {_brief(metrics)}"
-            log(WARNING, "[ROUND %d] edge %s refused: %s", server_round, edge, cause)
+        cause = tell(server_round, edge, metrics, cause)
         if self.on_round is not None:
             self.on_round({"round": server_round, "edge": edge, "cause": cause, **metrics})
         return to_parameters(self._current.params), metrics
@@ -291,10 +291,3 @@ def name_of(client: ClientProxy) -> str:
         return ""
     name = str(answer.properties.get("edge", "")) if answer.status.code == Code.OK else ""
     return name[:MOST_NAME_CHARACTERS] if name.isprintable() else ""
-
-
-def _brief(metrics: dict[str, Any]) -> str:
-    kinds = ("edge-accuracy", "core-accuracy", "train-accuracy", "consensus")
-    known = {kind.removesuffix("-accuracy"): metrics.get(kind) for kind in kinds}
-    words = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
-    return ", ".join(words) or "absorbed"

@@ -12,7 +12,6 @@ from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType
 from flwr.client import mod as legacy_mod
 from flwr.clientapp import mod as message_mod
 from flwr.common import log
-from torch import Tensor
 
 from ._wire import ensemble_of, only
 from .ensemble import Ensemble, StateDict, member, size
@@ -213,7 +212,7 @@ def _only_one_model(name: str) -> Mod:
         if message.metadata.message_type != MessageType.TRAIN or reply.has_error():
             return reply
         try:
-            edge, plain = _read(_model(message), reply)
+            _, edge, plain = _read(message, reply)
         except ValueError as error:
             return refuse(message, f"{name}: {error}")
         if plain:
@@ -237,8 +236,7 @@ def _changed(
     if reply.has_error():
         return reply
     try:
-        sent = _model(message)
-        edge, plain = _read(sent, reply)
+        sent, edge, plain = _read(message, reply)
     except ValueError as error:
         return refuse(message, f"{name}: {error}")
     changed, metrics = change(sent, edge)
@@ -254,21 +252,19 @@ def _changed(
     return reply
 
 
-def _model(message: Message) -> StateDict:
-    """Return what was sent."""
-    record = only(message.content.array_records, "ArrayRecord")
-    sent: StateDict = {}
-    for name, array in record.items():
-        sent[name] = torch.from_numpy(np.array(array.numpy()))
-    return sent
-
-
-def _read(sent: StateDict, reply: Message) -> tuple[Ensemble, bool]:
-    """Return the ensemble of a reply, and whether it came as one plain model."""
+def _read(message: Message, reply: Message) -> tuple[StateDict, Ensemble, bool]:
+    """Return what was sent, the ensemble that came back, and whether that is one plain model."""
+    asked = only(message.content.array_records, "ArrayRecord")
     record = only(reply.content.array_records, "ArrayRecord")
+    sent = {name: torch.from_numpy(np.array(array.numpy())) for name, array in asked.items()}
+    for name in sent.keys() & record.keys():
+        # FedAvg averages integer counters into floats; an edge answers with what its model has.
+        dtype = torch.from_numpy(np.array(record[name].numpy())).dtype
+        if dtype.is_floating_point != sent[name].is_floating_point():
+            sent[name] = sent[name].to(dtype)
     edge = ensemble_of(record, sent)
-    first: Tensor = next(iter(sent.values()))
-    return edge, next(record[name].numpy().ndim for name in sent) == first.dim()
+    first = next(iter(sent))
+    return sent, edge, record[first].numpy().ndim == sent[first].dim()
 
 
 def _asks_for_clones(message: Message) -> bool:

@@ -5,14 +5,17 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.common import log
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .core import Core
@@ -56,8 +59,7 @@ class Report:
         name = (
             f"{settings.dataset}-{settings.variant}-{settings.preset}-seed{settings.seed}-{stamp}"
         )
-        self.folder = Path(settings.results or "results").absolute() / name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = make_folder(Path(settings.results or "results").absolute() / name)
 
     def add(self, strategy: str, row: dict[str, Any]) -> None:
         """Append one round of a strategy, on disk too."""
@@ -67,6 +69,21 @@ class Report:
         self.rows.append(row)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def precede(self, strategy: str, history: list[dict[str, Any]]) -> None:
+        """Put the rounds of a history that a run before this one made in front of its own."""
+        mine = [row for row in self.rows if row["strategy"] == strategy]
+        times = [0.0, *(row["time"] for row in history)]
+        earlier = [
+            {"strategy": strategy, **row, "seconds": row["time"] - before}
+            for row, before in zip(history[: len(history) - len(mine)], times)
+        ]
+        if not earlier:
+            return
+        place = self.rows.index(mine[0]) if mine else len(self.rows)
+        self.rows[place:place] = earlier
+        lines = [json.dumps(row) + "\n" for row in self.rows]
+        write_atomically(self.folder / "metrics.jsonl", "".join(lines))
 
     def keep(self, strategy: str, events: Sequence[Event]) -> None:
         """Remember who was busy when, for a timeline."""
@@ -82,6 +99,8 @@ class Report:
                 draw_timeline(events, self.folder / f"timeline-{name}.png", title=name)
         except ImportError:
             log(30, 'No picture: it needs matplotlib, pip install "flwr-cloned-kd[plots]"')
+        except Exception as error:  # whatever matplotlib raises: hours of training are done
+            log(30, "No picture: %s: %s", type(error).__name__, error)
         console = Console(width=118)
         for table in (rounds_table(self.rows), comparison_table(self.rows, self.first)):
             console.print(table)
@@ -111,6 +130,16 @@ class Report:
         }
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder of one's own: with a number behind its name if there is one already."""
+    for number in count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
+
+
 def final_accuracy(rows: list[dict[str, Any]], strategy: str, first: float) -> float:
     """Return the core's accuracy after the last accepted round of a strategy."""
     mine = [row for row in rows if row["strategy"] == strategy and row["accepted"]]
@@ -130,7 +159,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["strategy"],
             str(row["round"]),
-            str(row["edge"]),
+            escape(str(row["edge"])),  # a name that an edge has given itself
             _number(row, "edge-accuracy"),
             _number(row, "ensemble-accuracy"),
             core,

@@ -43,19 +43,23 @@ class Settings:
         num_clones, memory_size: 0 takes the variant's.
         preset: "paper" or "practical" (Phase 2).
         core_epochs, edge_epochs, distill_epochs: of Phases 0, 1 and 2.
+        batch_size, lr, momentum, weight_decay: of all phases.
+        augment: of all phases: "none", "crop" or "crop-and-flip".
         distill_lr, temperature: 0 takes the preset's.
         edge_accuracy_stop: Phase 1 ends at this training accuracy; 0 trains all epochs.
         plateau_patience: Phase 2 ends after so many epochs without progress; 0 trains all.
         noisy_edges: comma-separated partition ids whose labels are shuffled (Sec. 5.3).
+        noise_probability: p, the share of their batches that are, in [0, 1].
         guard: "none", or refuse an edge after which the core's training accuracy takes a "jump"
             (Sec. 5.3) or a "drop" of more than `guard_threshold`, a fraction.
         edge_delays: comma-separated seconds that edge 0, 1, ... sleeps before it answers, for
             trying slow edges; the others do not sleep.
         strategy: one of cloned-kd, fedavg, fedprox, fedasync, fedbuff, or several, comma-separated,
-            run in turn.
+            run in turn, each once.
         num_rounds: of cloned-kd; 0 visits every edge once.
         baseline_rounds: of fedavg and fedprox, each with all edges; fedasync and fedbuff take as
             many answers as that has.
+        proximal_mu: of fedprox.
         max_in_flight: of cloned-kd, fedasync and fedbuff.
         max_staleness: of the same; -1 takes every answer.
         staleness_weight: of the same: "" keeps each one's own, "constant", "polynomial" (with
@@ -63,8 +67,10 @@ class Settings:
         fedasync_alpha, fedbuff_size, fedbuff_lr: see `FedAsync` and `FedBuff`.
         checkpoint: absolute path of a file that cloned-kd writes after every round and goes on
             from; "" writes none.
+        seed: determines every draw.
         device, client_device: "auto", "cpu", "cuda", "cuda:1", ...
-        batch_clones, bf16, compile: "auto", "on" or "off"; they and cuda_graphs: see `Runtime`.
+        batch_clones, bf16, compile: "auto", "on" or "off"; see `Runtime`.
+        cuda_graphs: see `Runtime`.
         results: absolute folder for the results; "" writes into ./results.
         timeout: seconds to wait for an edge.
 
@@ -155,6 +161,8 @@ class Settings:
         for name in self.strategies:
             if name not in STRATEGIES:
                 self._fail("strategy", f"some of {', '.join(STRATEGIES)}")
+        if len(set(self.strategies)) < len(self.strategies):
+            self._fail("strategy", "each one once")
         for name in ("num_edges", "core_epochs", "edge_epochs", "distill_epochs", "batch_size",
                      "baseline_rounds", "max_in_flight", "fedbuff_size"):  # fmt: skip
             if getattr(self, name) < 1:

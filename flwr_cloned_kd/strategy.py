@@ -16,6 +16,8 @@ from .core import Core, CoreState, edge_seed
 from .ensemble import Ensemble, StateDict, as_ensemble, member, size
 from .variants import Send, cloned
 
+NUMBERS = (bool, int, float)
+
 
 class ClonedKD(AsyncStrategy):
     """Asynchronous edge learning by cloned knowledge distillation (Lee, Yoo and Kwak 2020).
@@ -32,8 +34,8 @@ class ClonedKD(AsyncStrategy):
         revisit: ask edges again once every edge was asked.
         max_failures: end the run after so many edges in a row that crashed or stayed silent.
         send: what an edge starts from; `cloned` sends the core, see `variants` for others.
-        on_round, checkpoint: see `AsyncStrategy`; a resumed run must have the same core seed, core
-            data, clones and memory.
+        on_round, checkpoint: see `AsyncStrategy`; a resumed run must have the same core seed,
+            core data, number of clones, `send` and distillation.
 
     Raises:
         ValueError: for a number out of range.
@@ -141,13 +143,17 @@ class ClonedKD(AsyncStrategy):
             self.state, self.version, self._sent = state, state.version, sent
 
     @property
-    def _settings(self) -> dict[str, int]:
-        """What a resumed run must share with the run before it."""
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the run before it; functions by their names."""
+        how = self.core.distillation
+        options = {**vars(how), **vars(how.recipe)}
+        numbers = {name: v for name, v in options.items() if v is None or type(v) in NUMBERS}
         return {
             "num_clones": self.num_clones,
             "seed": self.core.seed,
-            "memory_size": self.core.distillation.memory_size,
             "core_samples": len(self.core.dataset[1]),
+            "send": getattr(self.send, "__qualname__", type(self.send).__name__),
+            **numbers,
         }
 
     def summary(self) -> None:

@@ -15,6 +15,8 @@ LOOKS = {
     "open": ("still under way", "#F0E442", ""),
 }
 MOST_LANES = 60
+CORE = ""
+"""The core's lane: no edge has an empty name, but one may call itself "core"."""
 
 
 class Event(NamedTuple):
@@ -39,7 +41,7 @@ class Span(NamedTuple):
     """A time for which somebody was busy."""
 
     lane: str
-    """The edge, or "core"."""
+    """The edge, or `CORE`."""
     begin: float
     end: float
     look: str
@@ -62,10 +64,10 @@ def spans(events: Sequence[Event]) -> list[Span]:
             learning[key] = event.time
         elif event.kind in ("absorb", "refuse") and key in learning:
             look = "learn" if event.kind == "absorb" else "refused"
-            found.append(Span("core", learning.pop(key), event.time, look))
+            found.append(Span(CORE, learning.pop(key), event.time, look))
     end = max((event.time for event in events), default=0.0)
     found += [Span(edge, begin, end, "open") for (edge, _), begin in asked.items()]
-    return found
+    return found + [Span(CORE, begin, end, "open") for begin in learning.values()]
 
 
 def accounts(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -111,8 +113,8 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
     from matplotlib.patches import Patch
 
     found = sorted(spans(events), key=lambda span: span.begin)
-    names = [name for name in dict.fromkeys(s.lane for s in found) if name != "core"][:MOST_LANES]
-    lanes = {name: place for place, name in enumerate(["core", *names])}
+    names = [name for name in dict.fromkeys(s.lane for s in found) if name != CORE][:MOST_LANES]
+    lanes = {name: place for place, name in enumerate([CORE, *names])}
     figure = Figure(figsize=(10, 1.2 + 0.24 * len(lanes)), layout="constrained")
     axes = figure.subplots()
     for look, (_, colour, hatch) in LOOKS.items():
@@ -125,12 +127,14 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
                 "linewidth": 0.5,
             }
             axes.broken_barh(mine, (place - 0.4, 0.8), **style)
-    known = {name: place for name, place in lanes.items() if name != "core"}
+    known = {name: place for name, place in lanes.items() if name != CORE}
     for event in events:
         if event.kind in ("arrive", "depart") and event.edge in known:
             mark = ">" if event.kind == "arrive" else "<"
             axes.plot(event.time, known[event.edge], mark, color="black", markersize=4)
-    axes.set_yticks(list(lanes.values()), list(lanes))
+    labels = ["core", *names]
+    # An edge may have a name that is no TeX: "$" in it stands for itself.
+    axes.set_yticks(list(lanes.values()), labels, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the start of the run")
     axes.set_title(title)

@@ -35,7 +35,7 @@ class VirtualGrid(Grid):
     Args:
         apps: one per edge; edge i's node config is {"partition-id": i, "num-partitions": n}.
         compute: seconds of one training; infinity never ends.
-        down, up: bytes per second; infinity takes no time.
+        down, up: bytes per second, above 0; infinity takes no time.
         arrival: seconds until an edge is there.
         stay: seconds until it departs; infinity never does.
         away: seconds until it is back; infinity never is. Then it stays and departs again.
@@ -47,7 +47,7 @@ class VirtualGrid(Grid):
         Each but the seed is a number, or a `Draw` such as `LogNormal` or `Trace`.
 
     Raises:
-        ValueError: if there is no app.
+        ValueError: if there is no app; when it is drawn, for a number out of range.
     """
 
     def __init__(
@@ -276,8 +276,14 @@ class VirtualGrid(Grid):
         draw = self._draws[name]
         once = getattr(draw, "per_edge", False)
         found = draw(edge, visit, fold_in(self.seed, name, edge, 0 if once else visit))
-        if not found >= 0:
-            raise ValueError(f"{name} of edge {edge}: expected at least 0, got {found}")
+        if name in ("down", "up"):
+            fits, expected = found > 0, "above 0"
+        elif name == "crash":
+            fits, expected = 0 <= found <= 1, "0 to 1"
+        else:
+            fits, expected = found >= 0, "at least 0"
+        if not fits:
+            raise ValueError(f"{name} of edge {edge}: expected {expected}, got {found}")
         return found
 
 

@@ -12,6 +12,10 @@ from flwr.serverapp import Grid
 Answer = Callable[[Message, Context], Message]
 
 
+class Unreadable:
+    """What a node answers whose reply Flower cannot decode."""
+
+
 class FakeGrid(Grid):
     """Nodes 100, 101, ... with one answering function each.
 
@@ -32,6 +36,7 @@ class FakeGrid(Grid):
         self.lock = threading.Lock()
         self._pool = ThreadPoolExecutor(8)
         self._replies: dict[str, object] = {}
+        self._consumed: dict[str, Message] = {}
 
     def set_run(self, run):
         raise NotImplementedError
@@ -61,14 +66,25 @@ class FakeGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        found = []
+        found, taken, unreadable = [], [], False
         for message_id in message_ids:
+            if message_id in self._consumed:
+                found.append(Message(Error(3), reply_to=self._consumed.pop(message_id)))
             future = self._replies.get(message_id)
             if future is not None and future.done():
                 reply = self._replies.pop(message_id).result()
+                taken.append(message_id)
+                if isinstance(reply, Unreadable):
+                    unreadable = True
+                    continue
                 # As Flower does: asked for while its node is away, a stored reply is gone.
                 gone = reply is None or reply.metadata.src_node_id not in self.online
                 found += [] if gone else [reply]
+        if unreadable:
+            # As Flower does: all replies of the call are deleted before one of them is decoded.
+            pushed = {message.metadata.message_id: message for message in self.pushed}
+            self._consumed |= {message_id: pushed[message_id] for message_id in taken}
+            raise ValueError("Expecting value: line 1 column 1 (char 0)")
         return found
 
     def send_and_receive(self, messages, *, timeout=None):

@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from fake_grid import FakeGrid, Flaky, silent
+from fake_grid import FakeGrid, Flaky, Unreadable, silent
 from federation import NOTHING, Tally, adds, apps, small_core
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 
@@ -196,6 +196,58 @@ def test_a_grid_that_stays_broken_ends_the_run_with_the_cause(call, monkeypatch)
     with pytest.raises(ConnectionError, match="3 calls in a row failed, at last with OS") as caught:
         Tally().start(grid, NOTHING, num_rounds=2)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def unreadable(kind, answer):
+    """Answer requests of this kind with bytes that Flower cannot decode, others as `answer`."""
+
+    def call(message, context):
+        junk = message.metadata.message_type == kind
+        return Unreadable() if junk else answer(message, context)
+
+    return call
+
+
+class Together(FakeGrid):
+    """Replies of one kind are there all at once, or not yet."""
+
+    def __init__(self, apps, kind):
+        super().__init__(apps)
+        self.kind = kind
+
+    def pull_messages(self, message_ids):
+        asked = {m.metadata.message_id for m in self.pushed if m.metadata.message_type == self.kind}
+        waiting = [self._replies[i] for i in asked if i in self._replies]
+        ready = len(asked) == len(self.apps) and all(future.done() for future in waiting)
+        return super().pull_messages([i for i in message_ids if ready or i not in asked])
+
+
+def test_an_answer_that_cannot_be_decoded_costs_its_edge_alone():
+    grid = Together([adds(1), unreadable("train", adds(2)), adds(4)], "train")
+    strategy = Tally(max_in_flight=3)
+    strategy.start(grid, NOTHING, num_rounds=3, timeout=ENOUGH_SECONDS)
+    assert strategy.w == 5
+    causes = {row["edge"]: row["cause"] for row in strategy.history}
+    assert causes["1"] == causes["4"] == ""
+    assert causes["2"].startswith("expected a reply, got error 3")
+
+
+def test_a_name_that_cannot_be_decoded_costs_no_other_its_name():
+    grid = Together([adds(1), unreadable("query", adds(2)), adds(4)], "query")
+    strategy = Tally()
+    strategy.start(grid, NOTHING, num_rounds=3, timeout=ENOUGH_SECONDS)
+    assert [row["edge"] for row in strategy.history] == ["1", "node 101", "4"]
+    assert strategy.w == 7
+
+
+def test_many_answers_that_cannot_be_decoded_are_no_broken_grid(monkeypatch):
+    monkeypatch.setattr("flwr_cloned_kd._courier.MOST_FAILED_CALLS", 3)
+    hostile = unreadable("query", unreadable("train", adds(0)))
+    strategy = Tally(max_in_flight=5, max_failures=100)
+    monkeypatch.setattr("flwr_cloned_kd._clock.Health.FAILURES_BEFORE_A_PAUSE", 100)
+    grid = FakeGrid([hostile, hostile, hostile, hostile, adds(1)])
+    strategy.start(grid, NOTHING, num_rounds=5, timeout=ENOUGH_SECONDS)
+    assert strategy.w == 1
 
 
 def test_a_mistake_in_a_strategy_is_raised_at_once():

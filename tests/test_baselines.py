@@ -446,6 +446,30 @@ def test_measurements_follow_the_model_and_may_refuse_one():
     assert (weight_of(strategy), strategy.version, strategy.buffered) == (3, 1, 1)
 
 
+def test_an_answer_that_measure_refuses_does_not_stay_in_the_buffer():
+    """K = 2 at rate 1/2: each answer moves the model by a quarter of where it went.
+
+    40 alone makes 10, which is refused at once, though the buffer is not full yet. Kept in the sum
+    it would have every later answer refused: (40 + 4) / 4 is still above 5.
+    """
+
+    def measure(params):
+        if params["w"].item() > 5:
+            raise ValueError("w: expected at most 5")
+        return {"core-accuracy": params["w"].item()}
+
+    strategy = begun(FedBuff(buffer_size=2, server_lr=0.5, measure=measure), model(0))
+    dispatch = ask(strategy)
+    with pytest.raises(ValueError, match="expected at most 5"):
+        answer(strategy, dispatch, 40)
+    assert (strategy.buffered, strategy.version) == (0, 0)
+    assert answer(strategy, dispatch, 4)["core-accuracy"] == 0  # of the model, still the first
+    with pytest.raises(ValueError, match="expected at most 5"):
+        answer(strategy, dispatch, 40)
+    assert answer(strategy, dispatch, 8)["core-accuracy"] == 3
+    assert (weight_of(strategy), strategy.version, strategy.buffered) == (3, 1, 0)
+
+
 def node(value, wait_for=None):
     """A node that says who it is and answers a constant model, once it may."""
 

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 from flwr_cloned_kd import ClonedKD, Core
 from flwr_cloned_kd import _checkpoint as file
+from flwr_cloned_kd.variants import scratch
 
 TENSORS = {
     "z/w": torch.arange(6.0).reshape(2, 3),
@@ -196,6 +198,29 @@ def test_a_longer_run_goes_on_from_a_finished_one(path):
     assert strategy.w == 7
 
 
+def test_the_header_does_not_grow_with_the_rounds(path):
+    """The format allows it 100 MB, which at 700 bytes a round a long run would reach."""
+
+    def header_bytes():
+        return int.from_bytes(path.read_bytes()[:8], "little")
+
+    options = {"checkpoint": path, "revisit": True}
+    Kept(**options).start(FakeGrid([adds(1)]), NOTHING, num_rounds=10)
+    before, whole = header_bytes(), path.stat().st_size
+    Kept(**options).start(FakeGrid([adds(1)]), NOTHING, num_rounds=60)
+    assert path.stat().st_size > whole + 50 * 200
+    assert header_bytes() <= before + 32  # numbers with more digits, padding
+
+
+def test_a_file_without_the_rounds_of_the_run_is_refused(path):
+    Kept(checkpoint=path).start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    tensors, header = file.read(path)
+    del tensors["run/rounds"]
+    file.write(path, tensors, header)
+    with pytest.raises(ValueError, match=r"expected a complete header, got KeyError.'run/rounds'"):
+        start_from(path, Kept(checkpoint=path))
+
+
 def test_evaluations_are_kept(path):
     def evaluate(server_round, arrays):
         from flwr.app import MetricRecord
@@ -286,8 +311,48 @@ def test_another_model_seed_number_of_clones_or_strategy_is_named(written):
         start_from(written, ClonedKD(other, num_clones=2, checkpoint=written))
     with pytest.raises(ValueError, match=r"core\.ckpt: strategy: expected Kept, got ClonedKD"):
         start_from(written, Kept(checkpoint=written))
-    with pytest.raises(ValueError, match=r"core\.ckpt: revisit: expected True, got False"):
-        start_from(written, victim.make(written, revisit=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"temperature": 2.0}, r"temperature: expected 2\.0, got 4\.0"),
+        ({"student_temperature": 1.0}, r"student_temperature: expected 1\.0, got None"),
+        ({"student_start": 0.5}, r"student_start: expected 0\.5, got 0\.0"),
+        ({"memory_size": 7}, "memory_size: expected 7, got 3"),
+        ({"mean_over_memory": True}, "mean_over_memory: expected True, got False"),
+        ({"core_as_teacher": True}, "core_as_teacher: expected True, got False"),
+        ({"lr": 0.3}, r"lr: expected 0\.3, got"),
+        ({"epochs": 77}, "epochs: expected 77, got"),
+    ],
+)
+def test_another_distillation_is_named(written, change, expected):
+    core = victim.make().core
+    name = next(iter(change))
+    how = core.distillation
+    if hasattr(how, name):
+        how = replace(how, **change)
+    else:
+        how = replace(how, recipe=replace(how.recipe, **change))
+    other = ClonedKD(replace(core, distillation=how), num_clones=2, checkpoint=written)
+    with pytest.raises(ValueError, match=rf"core\.ckpt: {expected}"):
+        start_from(written, other)
+
+
+def test_another_start_of_the_edges_is_named(written):
+    core = victim.make().core
+    other = ClonedKD(core, num_clones=2, send=scratch(core), checkpoint=written)
+    with pytest.raises(ValueError, match=r"core\.ckpt: send: expected scratch.*, got cloned"):
+        start_from(written, other)
+
+
+def test_a_longer_run_may_ask_edges_again(path):
+    nodes = [adds(1), adds(2)]
+    Kept(checkpoint=path).start(FakeGrid(nodes), NOTHING, num_rounds=2)
+    strategy = Kept(checkpoint=path, revisit=True)
+    strategy.start(FakeGrid(nodes), NOTHING, num_rounds=3)
+    assert strategy.w == 4
+    assert [row["edge"] for row in strategy.history] == ["1", "2", "1"]
 
 
 def test_a_header_that_lacks_something_is_named(written):

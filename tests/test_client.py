@@ -5,7 +5,7 @@ import pytest
 import torch
 from federation import PARTS, RECIPE, TRAIN, app, edge_client
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.client import NumPyClient
+from flwr.client import Client, NumPyClient
 from flwr.common import Array
 
 from flwr_cloned_kd import (
@@ -53,6 +53,33 @@ def test_a_request_without_clones_is_answered_with_a_plain_model():
     reply = ask({"arrays": arrays(), "config": ConfigRecord({"server-round": 1})})
     shapes = {name: tuple(a.numpy().shape) for name, a in reply.content["arrays"].items()}
     assert shapes == {name: tuple(t.shape) for name, t in digits_cnn().state_dict().items()}
+
+
+def test_the_usual_client_fn_that_returns_to_client_is_fine_too():
+    usual = edge_app(lambda context: edge_client(0).to_client())
+    reply = ask({"arrays": arrays(), "config": ConfigRecord({"seed": 5})}, client_app=usual)
+    plain = ask({"arrays": arrays(), "config": ConfigRecord({"seed": 5})})
+    assert dict(reply.content["arrays"]) == dict(plain.content["arrays"])
+    reply = ask({"arrays": arrays()}, "evaluate", client_app=usual)
+    assert reply.content["metrics"]["num-examples"] == 60
+
+
+def test_a_client_that_sees_no_arrays_is_named():
+    class Bare(Client):
+        pass
+
+    with pytest.raises(TypeError, match="client_fn: expected a NumPyClient, got Bare"):
+        ask({"arrays": arrays()}, client_app=edge_app(lambda context: Bare()))
+
+
+def test_another_number_of_arrays_is_told_with_both_numbers():
+    class Short(NumPyClient):
+        def fit(self, parameters, config):
+            return parameters[:-2], 1, {}
+
+    count = len(digits_cnn().state_dict())
+    with pytest.raises(ValueError, match=f"reply: expected {count} arrays, got {count - 2}"):
+        ask({"arrays": arrays()}, client_app=edge_app(lambda context: Short()))
 
 
 def test_a_request_without_any_config_is_answered_too():

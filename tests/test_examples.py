@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from federation import RECIPE
+import torch
+from flwr.app import Context, RecordDict
+from flwr.common.config import parse_config_args
 
 from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, load_digits, take, train_edge
 from flwr_cloned_kd.experiment import build_core, recipe, split
@@ -109,7 +111,69 @@ def test_flwr_run_twice_gives_the_same_rounds_and_those_of_the_plain_loop(tmp_pa
 )
 def test_a_wrong_setting_is_found_before_anything_starts(config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        runner().check(EXAMPLES / "quickstart_digits", ["seed=1", config])
+        runner().check(EXAMPLES / "quickstart_digits", runner().parse(["seed=1", config]))
+
+
+def started(monkeypatch, *arguments):
+    """What the runner would simulate: (settings as Flower would read them, its resources)."""
+    script, found = runner(), []
+
+    def simulate(app, overrides, resources, home):
+        found.append((parse_config_args([overrides]), resources))
+        return "finished:failed", ["stopped by the test"]
+
+    monkeypatch.setattr(script, "simulate", simulate)
+    monkeypatch.setattr(sys, "argv", ["run.py", "quickstart_digits", *map(str, arguments)])
+    code = script.main()
+    return found[0] if found else code
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*/README.md")), ids=lambda p: p.parent.name)
+def test_an_example_is_installed_from_this_repository(page):
+    commands = re.findall(r"^pip install .*$", page.read_text(), re.M)
+    assert commands
+    assert all(re.fullmatch(r'pip install -e "\.\./\.\.\[[a-z,]+\]"', line) for line in commands)
+
+
+def test_the_runner_takes_edges_and_results_from_the_run_config(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config, resources = started(monkeypatch, "--run-config", "num-edges=5 results='/tmp/x' seed=3")
+    assert config == {"num-edges": 5, "results": "/tmp/x", "seed": 3}
+    assert resources["num-supernodes"] == 5
+    config, resources = started(monkeypatch, "--run-config", "num-edges=5", "--num-edges", 4)
+    assert (config["num-edges"], resources["num-supernodes"]) == (4, 4)
+    config, resources = started(monkeypatch, "--results", "there")
+    assert config == {"results": str(tmp_path / "there")}
+    assert resources["num-supernodes"] == 9
+    assert started(monkeypatch)[0] == {"results": str(tmp_path / "results")}
+
+
+def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
+    (tmp_path / "mine.toml").write_text("num-edges = 3\nlr = 0.05\ncuda-graphs = true\n")
+    file = tmp_path / "mine.toml"
+    config, _ = started(monkeypatch, "--run-config", file, "--run-config", "lr=0.1")
+    config.pop("results")
+    assert config == {"num-edges": 3, "lr": 0.1, "cuda-graphs": True}
+
+
+def test_a_path_with_an_apostrophe_arrives_as_it_is(monkeypatch, tmp_path):
+    config, _ = started(monkeypatch, "--results", tmp_path / "Ann's")
+    assert config["results"] == str(tmp_path / "Ann's")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run-config", "gone.toml"], "--run-config gone.toml: [Errno 2] No such file"),
+        (["--results", 'Ann\'s "x"'], "results: expected one kind of quotes at most"),
+        (["--num-edges", "0"], "run-config num-edges: expected at least 1, got 0"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, arguments, message):
+    assert started(monkeypatch, *arguments) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
 
 
 def test_a_wrong_setting_ends_the_runner(tmp_path):
@@ -177,4 +241,23 @@ def test_the_loop_without_flower_explains_itself():
 def test_seeds_of_one_purpose_do_not_collide_with_another():
     assert len({fold_in(0, "phase-1", 1), fold_in(0, "phase-2", 1), edge_seed(1, 1)}) == 3
     assert edge_seed(0, 1) == fold_in(0, "phase-1", 1)
-    assert RECIPE.epochs == 2
+
+
+def test_an_edge_of_the_deployment_splits_the_data_as_its_server_does(monkeypatch):
+    """Whatever num-partitions says: split into two, edge 0 would hold rows of the core's third."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(str(EXAMPLES / "deployment"))
+    make = importlib.import_module("deployment.client_app").client_fn
+    part = importlib.import_module("deployment.task").part
+    config = {"num-edges": 3, "edge-epochs": 1, "seed": 4}
+
+    def edge(partition):
+        node = {"partition-id": partition, "num-partitions": 2}
+        return make(Context(1, 5, node, RecordDict(), config))
+
+    for partition in range(3):
+        inputs, labels = part(1 + partition, 3, 4)
+        assert torch.equal(edge(partition).dataset[0], inputs)
+        assert torch.equal(edge(partition).dataset[1], labels)
+    with pytest.raises(ValueError, match=r"partition-id: expected below num-edges \(3\), got 3"):
+        edge(3)

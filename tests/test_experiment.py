@@ -59,8 +59,27 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     whole = serve(grid_of(QUICK), context_of(QUICK | {"results": str(tmp_path)}))
     assert len(serve(grid_of(config), context_of(config | {"num-rounds": 2})).rows) == 2
     rest = serve(grid_of(config), context_of(config | {"num-rounds": 3}))
-    assert [row["round"] for row in rest.rows] == [3]
-    assert rest.rows[0]["core-accuracy"] == whole.rows[2]["core-accuracy"]
+    assert [row["core-accuracy"] for row in rest.rows] == [r["core-accuracy"] for r in whole.rows]
+
+
+def test_a_resumed_run_reports_the_rounds_before_it_too(tmp_path):
+    config = QUICK | {"results": str(tmp_path), "checkpoint": str(tmp_path / "core.ckpt")}
+    config |= {"strategy": "cloned-kd,fedavg", "baseline-rounds": 1}
+    once = serve(grid_of(config, compute=2.0), context_of(config | {"num-rounds": 2}))
+    more = serve(grid_of(config, compute=2.0), context_of(config | {"num-rounds": 3}))
+    again = serve(grid_of(config, compute=2.0), context_of(config | {"num-rounds": 3}))
+    for report, num_rounds in ((once, 2), (more, 3), (again, 3)):
+        lines = (report.folder / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert rows == report.rows
+        assert [row["round"] for row in rows] == [*range(1, num_rounds + 1), 1]
+        assert [row["strategy"] for row in rows] == ["cloned-kd"] * num_rounds + ["fedavg"]
+    summaries = [json.loads((r.folder / "summary.json").read_text()) for r in (more, again)]
+    assert summaries[0]["final_core_accuracy"] == more.rows[2]["core-accuracy"]
+    assert summaries[1]["final_core_accuracy"] == more.rows[2]["core-accuracy"]
+    assert summaries[1]["accounts"]["cloned-kd"] == summaries[0]["accounts"]["cloned-kd"]
+    # Of the clock of the run, which was virtual: two seconds for every edge.
+    assert [row["seconds"] for row in again.rows[:3]] == pytest.approx([2, 2, 2])
 
 
 def test_an_edge_sleeps_as_long_as_it_was_told(monkeypatch):

@@ -329,6 +329,24 @@ def test_no_answer_or_an_error_is_refused(results, failures, cause):
     assert cause in rows[0]["cause"]
 
 
+def test_a_round_is_told_in_the_words_of_cloned_kd(flower_log):
+    """One line per round, the ensemble's accuracy in it, and the keys that the docs name."""
+    rows = []
+    run(legacy(small_core(), on_round=rows.append), LegacyGrid(apps(1)), rounds=1)
+    named = {"round", "edge", "accepted", "cause", "staleness", "bytes-down", "bytes-up",
+             "edge-seconds", "core-seconds", "num-clones", "core-accuracy"}  # fmt: skip
+    assert named <= rows[0].keys()
+    theirs = []
+    strategy = ClonedKD(small_core(), num_clones=2, on_round=theirs.append)
+    strategy.start(FakeGrid(apps(1)), ArrayRecord(strategy.core.pretrain()), num_rounds=1)
+    more = {"number", "wait-seconds", "core-idle-seconds", "edge-idle-seconds", "time"}
+    assert theirs[0].keys() - rows[0].keys() == more
+    lines = [line for line in flower_log if line.startswith("[ROUND 1] edge 0: ")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert ", ensemble 0." in lines[0]
+
+
 def test_more_clones_than_asked_for_are_refused():
     rows = []
     strategy = legacy(small_core(), num_clones=1, on_round=rows.append)

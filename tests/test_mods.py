@@ -129,16 +129,17 @@ def test_around_fedavg_clipping_works_and_leaves_evaluation_alone(mod):
     result = FedAvg(**everybody).start(
         FakeGrid([app(mod)] * 2),
         ArrayRecord(core.model.state_dict()),
-        num_rounds=1,
+        num_rounds=2,  # in the second, FedAvg sends the mean of the batch counters, a float
         train_config=ConfigRecord(dict(NORM)),
     )
     found = result.arrays.to_torch_state_dict(keep_input=True)
     start = core.model.state_dict()
     floating = [name for name in start if start[name].is_floating_point()]
     moved = math.sqrt(sum(float((found[n] - start[n]).double().square().sum()) for n in floating))
-    # Each of the two moved by at most 1, so their mean did; float32 rounds.
-    assert 0 < moved <= 1 + 1e-4
-    assert "loss" in result.evaluate_metrics_clientapp[1]
+    # Each of the two moved by at most 1 a round, so their mean did; float32 rounds.
+    assert 0 < moved <= 2 + 1e-4
+    assert list(result.train_metrics_clientapp) == [1, 2]
+    assert "loss" in result.evaluate_metrics_clientapp[2]
 
 
 def test_an_error_that_a_mod_addresses_to_nobody_arrives():
@@ -205,6 +206,7 @@ class Moving(NumPyClient):
 
     def fit(self, parameters, config):
         w, b, count = parameters
+        count = count.astype("i8")
         moved = [
             np.stack([w + np.array(c[:2], w.dtype) for c in self.clones]),
             np.stack([b + np.array(c[2], b.dtype) for c in self.clones]),
@@ -213,9 +215,9 @@ class Moving(NumPyClient):
         return [np.asarray(m[0]) for m in moved] if self.plain else moved, 1, {}
 
 
-def moved(mod, *clones, plain=False):
-    """Send w = [1, 1], b = 1 and a counter of 5; return what comes back."""
-    arrays = {"w": np.ones(2, "f4"), "b": np.ones((), "f4"), "count": np.array(5)}
+def moved(mod, *clones, plain=False, count=5):
+    """Send w = [1, 1], b = 1 and a counter; return what comes back."""
+    arrays = {"w": np.ones(2, "f4"), "b": np.ones((), "f4"), "count": np.array(count)}
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     message = Message(RecordDict({"arrays": record}), dst_node_id=100, message_type="train")
     edge = edge_app(lambda context: Moving(*clones, plain=plain), mods=[mod])
@@ -236,6 +238,26 @@ def test_clipping_keeps_dtypes_and_sends_counters_back_as_they_came():
     found, _ = moved(ClipClones(1.0), (2, 1, 2), (0.25, 0.5, 0.5))
     assert found["count"].tolist() == [5, 5]
     assert [array.dtype for array in found.values()] == ["f4", "f4", "i8"]
+
+
+def test_a_counter_that_was_sent_as_a_mean_goes_back_in_the_type_the_edge_answers():
+    # 5.5 batches on average; the edge, like EdgeClient, counts in whole numbers.
+    for mod in (ClipClones(1.0), LocalDpClones(**DP)):
+        found, _ = moved(mod, (2, 1, 2), (0.25, 0.5, 0.5), count=5.5)
+        assert found["count"].tolist() == [5, 5]
+        assert found["count"].dtype == "i8"
+
+
+def test_a_float_of_another_precision_is_refused_as_before():
+    class Double(NumPyClient):
+        def fit(self, parameters, config):
+            return [parameters[0].astype("f8")], 1, {}
+
+    record = ArrayRecord({"w": Array(np.ones(2, "f4"))})
+    message = Message(RecordDict({"arrays": record}), dst_node_id=100, message_type="train")
+    edge = edge_app(lambda context: Double(), mods=[ClipClones(1.0)])
+    reply = edge(message, Context(1, 100, {}, RecordDict(), {}))
+    assert "w: expected dtype torch.float32, got torch.float64" in reply.error.reason
 
 
 def test_a_clone_within_the_norm_or_that_did_not_move_keeps_its_bits():

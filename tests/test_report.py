@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flwr_cloned_kd.report import Report, comparison_table, final_accuracy, rounds_table
 from flwr_cloned_kd.settings import Settings
+from flwr_cloned_kd.timeline import Event
 
 
 def row(server_round, accuracy, accepted=1.0, edge="0"):
@@ -98,6 +99,40 @@ def test_the_summary_accounts_for_bytes_time_and_staleness(report):
     assert mine["core-seconds"] == 3.0
     assert mine["core-idle-seconds"] == 1.0
     assert mine["staleness"] == {"2": 2}
+
+
+HOSTILE = ("clinic[/x]", "[bold]b", "$\\frac$", "a$b$", "\\$x$", "core", "a\\[/x]")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_an_edge_gives_itself_keeps_a_run_from_ending(report, name, flower_log):
+    report.add("cloned-kd", row(4, 0.8, edge=name))
+    report.keep("cloned-kd", [Event(0, "ask", name, 1, 0), Event(1, "answer", name, 1, 0)])
+    report.finish()
+    assert (report.folder / "timeline-cloned-kd.png").exists()
+    assert not any("picture" in line for line in flower_log)
+    console = Console(width=118, record=True, file=io.StringIO())
+    console.print(rounds_table(report.rows))
+    assert f" {name} " in console.export_text()
+
+
+def test_two_runs_of_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("flwr_cloned_kd.report.time.strftime", lambda form: "20260101-000000")
+    settings = Settings(results=str(tmp_path / "deep" / "er"))
+    folders = [Report(settings, small_core(), 0.5).folder.name for _ in range(3)]
+    first = "digits-CEM-practical-seed0-20260101-000000"
+    assert folders == [first, f"{first}-2", f"{first}-3"]
+
+
+def test_a_picture_that_fails_costs_one_line_not_the_report(report, monkeypatch, flower_log):
+    def broken(*args, **options):
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr("flwr_cloned_kd.report.draw_timeline", broken)
+    report.keep("cloned-kd", [])
+    report.finish()
+    assert "No picture: RuntimeError: no such font" in flower_log
+    assert any(line.startswith("Results in ") for line in flower_log)
 
 
 def test_a_timeline_of_a_real_run_is_drawn(report):

@@ -1,5 +1,6 @@
 """Every knob is a run-config key; a wrong one stops the run with the key, expected and found."""
 
+import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_an_app_offers_every_knob(app):
     config = app_config(app)["config"]
     assert set(config) == {field.name.replace("_", "-") for field in fields(Settings)}
     Settings.read(config)
+
+
+def test_every_knob_is_explained():
+    text = Settings.__doc__.split("Args:")[1].split("Raises:")[0]
+    named = re.findall(r"^ {8}([a-z0-9_, ]+):", text, re.M)
+    explained = {name.strip() for names in named for name in names.split(",")}
+    inside = set(re.findall(r"`([a-z_]+)`", text))  # of another one's explanation
+    assert explained <= {field.name for field in fields(Settings)} <= explained | inside
 
 
 def test_the_quickstart_runs_on_the_defaults():
@@ -54,6 +63,7 @@ def test_the_cifar100_app_is_the_papers_setting():
         ({"model": "vgg"}, "model: expected digits-cnn or resnet-DEPTH .* got 'vgg'"),
         ({"model": "resnet-9"}, "model: expected digits-cnn or resnet-DEPTH .* got 'resnet-9'"),
         ({"strategy": "fedavg,fedsgd"}, "strategy: expected some of cloned-kd, fedavg, fedprox"),
+        ({"strategy": "cloned-kd, cloned-kd"}, "strategy: expected each one once, got 'cloned-kd"),
         ({"dataset": "npz"}, "data-path: expected where the npz data is, got ''"),
         ({"noisy-edges": "3,9"}, "noisy-edges: expected partition ids below 9"),
         ({"noise-probability": 1.5}, "noise-probability: expected a fraction, 0 to 1, got 1.5"),

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from fake_grid import FakeGrid, silent
-from federation import RECIPE, app, apps, small_core
+from fake_grid import FakeGrid, Flaky, silent
+from federation import app, apps, small_core
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 
 from flwr_cloned_kd import ClonedKD, digits_cnn
+from flwr_cloned_kd._wire import metrics_of
 
 
 def first(core):
@@ -221,6 +222,7 @@ HOSTILE = {
     "zero": (count(0), "num-examples: expected a number above 0, got 0"),
     "negative": (count(-5), "num-examples: expected a number above 0, got -5"),
     "nan count": (count(math.nan), "num-examples: expected a number above 0, got nan"),
+    "huge": (count(10**400), "num-examples: expected a number above 0, got 1000"),
     "counts": (count([1, 2]), "num-examples: expected a number above 0, got [1, 2]"),
 }
 
@@ -460,7 +462,6 @@ def test_the_summary_names_what_matters(flower_log):
     assert "Clones per edge: 4" in text
     assert "Temporal memory: 3" in text
     assert f"{len(small_core().dataset[1])} samples, seed 7" in text
-    assert RECIPE.epochs == 2
 
 
 def test_an_edge_cannot_pass_for_a_nameless_node():
@@ -484,3 +485,16 @@ def test_what_an_edge_reports_does_not_pass_for_what_the_core_measures():
 def test_a_negative_staleness_weight_is_named():
     _, history, _ = run(small_core(), FakeGrid(apps(1)), rounds=1, staleness_weight=lambda s: -1)
     assert history[0]["cause"] == "weight: expected at least 0, got -1"
+
+
+def test_a_number_that_no_float_holds_is_dropped():
+    metrics = MetricRecord({"num-examples": 5, "loss": 0.5, "steps": 10**400, "down": -(10**400)})
+    assert metrics_of(RecordDict({"m": metrics})) == {"num-examples": 5, "reported-loss": 0.5}
+
+
+def test_flowers_own_loop_gets_what_the_grid_raised():
+    grid = Flaky(FakeGrid([app()]), {"get_node_ids": 1})
+    with pytest.raises(OSError, match="get_node_ids: connection reset"):
+        ClonedKD(small_core(), num_clones=1).configure_train(
+            1, ArrayRecord(small_core().model.state_dict()), ConfigRecord(), grid
+        )

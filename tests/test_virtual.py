@@ -28,7 +28,7 @@ from flwr_cloned_kd import (
     draw_timeline,
 )
 from flwr_cloned_kd.draws import LARGEST_SIGMA
-from flwr_cloned_kd.timeline import Span, spans
+from flwr_cloned_kd.timeline import CORE, Span, spans
 
 W_BYTES = 136  # a float64 scalar: 8 bytes and NumPy's header of 128
 
@@ -348,6 +348,46 @@ def test_ten_thousand_edges_in_a_minute_and_no_message_is_kept():
     assert sum(type(found) is Message for found in gc.get_objects()) < 200
 
 
+@pytest.mark.parametrize("core", [0.0, 0.1, 1.0, 3.0])
+def test_edges_of_equal_speed_are_at_most_two_slots_of_versions_late(core):
+    """What docs/asynchronous.md advises: m answers may wait while m more are under way."""
+    for slots in (2, 3, 5):
+        grid = VirtualGrid(nodes(20), core=core)
+        strategy = run(grid, rounds=60, max_in_flight=slots, revisit=True)
+        assert max(row["staleness"] for row in strategy.history) == 2 * slots - 1
+
+
+def test_a_run_waits_for_its_only_edge_to_recover():
+    """It rests 10 s after its first failure and 20 s after its second, longer than the timeout."""
+    answer, failures = adds(5), [1, 2]
+
+    def edge(message, context):
+        if message.metadata.message_type == "train" and failures:
+            raise MemoryError(f"out of memory, {failures.pop()} to go")
+        return answer(message, context)
+
+    strategy = run(VirtualGrid([edge]), rounds=3, timeout=5, revisit=True)
+    assert [row["accepted"] for row in strategy.history] == [0, 0, 1]
+    # One second of training each.
+    assert [row["time"] for row in strategy.history] == [1, 12, 33]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"down": 0.0}, r"down of edge 0: expected above 0, got 0\.0"),
+        ({"up": 0}, "up of edge 0: expected above 0, got 0"),
+        ({"crash": 1.5}, r"crash of edge 0: expected 0 to 1, got 1\.5"),
+        ({"crash": float("nan")}, "crash of edge 0: expected 0 to 1, got nan"),
+        ({"compute": -1}, "compute of edge 0: expected at least 0, got -1"),
+    ],
+)
+def test_a_speed_out_of_range_is_named(options, message):
+    grid = VirtualGrid(nodes(1), **options)
+    with pytest.raises(ValueError, match=message):
+        run(grid, rounds=1)
+
+
 # Timelines
 
 
@@ -358,12 +398,12 @@ def test_spans_pair_what_began_with_what_ended_it():
     strategy = run(grid, rounds=3, timeout=50, max_in_flight=4)
     # Edge 2 crashes half way through its 4 s; three rounds ask three edges.
     assert sorted(spans(strategy.events)) == [
+        (CORE, 1, 3, "learn"),
+        (CORE, 3, 3, "refused"),
+        (CORE, 4.5, 6.5, "learn"),
         ("1", 0, 1, "train"),
         ("2", 0, 4.5, "train"),
         ("3", 0, 2, "error"),
-        ("core", 1, 3, "learn"),
-        ("core", 3, 3, "refused"),
-        ("core", 4.5, 6.5, "learn"),
     ]
 
 
@@ -373,6 +413,10 @@ def test_what_is_under_way_at_the_end_lasts_until_then():
     assert Span("2", 0, 5, "expire") in spans(strategy.events)
     begun = [Event(0.0, "ask", "1", 1, 0), Event(3.0, "arrive", "2", 0, 0)]
     assert spans(begun) == [Span("1", 0, 3, "open")]
+    cut_off = [Event(1, "learn", "core", 1, 0), Event(3, "arrive", "2", 0, 0)]
+    assert spans(cut_off) == [Span(CORE, 1, 3, "open")]
+    namesake = [Event(0, "ask", "core", 1, 0), Event(1, "answer", "core", 1, 0)]
+    assert [span.lane for span in spans(namesake)] == ["core"] != [CORE]
 
 
 @pytest.mark.parametrize("whose", ["strategy", "grid"])

@@ -1,7 +1,7 @@
 """The edges: a NumPyClient, as any legacy server knows it.
 
-`edge_app(client_fn)` instead of `ClientApp(...)` would answer Message-API servers too, and tell
-who this edge is.
+`edge_app(client_fn)` instead of `ClientApp(client_fn)` would answer Message-API servers too, and
+tell who this edge is.
 """
 
 from flwr.app import Context
