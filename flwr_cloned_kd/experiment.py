@@ -93,6 +93,19 @@ def recipe(settings: Settings, epochs: int, **changes: Any) -> Recipe:
     return replace(shared, **changes)
 
 
+def edge_recipe(settings: Settings, edge: int, **changes: Any) -> Recipe:
+    """Make the recipe of Phase 1 on one edge, counted from 0; its labels are noisy if it is."""
+    noisy = partial(shuffle_labels, p=settings.noise_probability)
+    threshold = settings.edge_accuracy_stop
+    return recipe(
+        settings,
+        settings.edge_epochs,
+        label_noise=noisy if str(edge) in settings.noisy else None,
+        stop=AccuracyReached(threshold) if threshold else None,
+        **changes,
+    )
+
+
 def runtime(settings: Settings, device: str) -> Runtime:
     """Make the runtime of the server or of an edge."""
     return Runtime(
@@ -161,18 +174,11 @@ def build_edge(context: Context) -> EdgeClient:
         )
     train, test = load(settings)
     delay = settings.delays[edge] if edge < len(settings.delays) else 0.0
-    noisy = partial(shuffle_labels, p=settings.noise_probability)
-    threshold = settings.edge_accuracy_stop
     return SlowEdge(
         delay,
         build_model(settings, int(train[1].max()) + 1, train[0]),
         take(train, split(settings, train[1])[1 + edge]),
-        recipe(
-            settings,
-            settings.edge_epochs,
-            label_noise=noisy if str(edge) in settings.noisy else None,
-            stop=AccuracyReached(threshold) if threshold else None,
-        ),
+        edge_recipe(settings, edge),
         held_out=test,
         seed=fold_in(settings.seed, "edge", edge),
         runtime=runtime(settings, settings.client_device),

@@ -17,8 +17,8 @@ class TrainAccuracyJump:
     Sec. 5.3: after an edge with corrupted labels the core memorises the core data instead of
     learning from it, and its *training* accuracy jumps while the test accuracy drops. The paper
     suggests a threshold on it and leaves its value open; ours is a plain default. Where the core
-    does not fit its data yet, honest edges raise it as well, and are refused: on the digits demo
-    this guard refuses the honest edges (docs/results.md). `TrainAccuracyDrop` does not.
+    does not fit its data yet, honest edges raise it as well, and are refused; where it does, noise
+    lowers it (docs/results.md, Fig. 8). See `TrainAccuracyDrop`.
 
     Args:
         threshold: the largest rise over the mean of the rounds before that still counts as

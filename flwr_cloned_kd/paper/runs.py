@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from ..averages import cast
 from ..consensus import Venn
 from ..core import Core, CoreState, edge_seed, train_edge
-from ..data import Dataset, shuffle_labels, take
+from ..data import Dataset, take
 from ..engine import accuracy, predict
 from ..ensemble import Ensemble, StateDict, clone
-from ..experiment import build_core, load, recipe, split
-from ..recipe import Recipe, fold_in
+from ..experiment import build_core, edge_recipe, load, split
+from ..recipe import fold_in
 from ..settings import Settings
 from ..variants import VARIANTS, Send, independent
 
@@ -213,24 +212,13 @@ def _expedition(
         if run.edge_data == "none":
             found.append(clone(sent, run.num_clones))
             continue
-        how = _edge_recipe(run, edge)
+        how = edge_recipe(settings, edge, proximal_mu=run.proximal_mu)
         clones = run.num_clones
         found.append(train_edge(core.model, sent, dataset, how, num_clones=clones, seed=seed,
                                 runtime=core.runtime))  # fmt: skip
     ensemble = {name: torch.cat([part[name] for part in found]) for name in sent}
     own = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
     return ensemble, [len(labels) for _, labels in data], own
-
-
-def _edge_recipe(run: Run, edge: int) -> Recipe:
-    settings = run.settings
-    noise = partial(shuffle_labels, p=settings.noise_probability)
-    return recipe(
-        settings,
-        settings.edge_epochs,
-        label_noise=noise if str(edge) in settings.noisy else None,
-        proximal_mu=run.proximal_mu,
-    )
 
 
 def weighted_mean(ensemble: Ensemble, weights: list[int]) -> StateDict:
