@@ -130,7 +130,7 @@ def test_the_changed_app_runs_under_flwr_run(tmp_path, diffs, capsys):
     resources = {"num-supernodes": 3, "client-resources-num-cpus": 1}
     home = tmp_path / "home"
     home.mkdir()
-    status, _ = runner().simulate(app, ["num-server-rounds=3 local-epochs=2"], resources, home)
+    status, _ = runner().simulate(app, "num-server-rounds=3 local-epochs=2", resources, home)
     text = capsys.readouterr().out
     assert status == "finished:completed", text
     assert "Final accuracy: 0." in text

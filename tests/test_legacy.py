@@ -519,7 +519,7 @@ def test_the_legacy_example_learns_what_the_plain_loop_learns(monkeypatch, capsy
 @pytest.mark.simulation
 def test_the_legacy_example_runs_under_flwr_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process: equal bits need equal threads
-    overrides = [" ".join(f"{key}={value}" for key, value in SHORT.items())]
+    overrides = " ".join(f"{key}={value}" for key, value in SHORT.items())
     resources = {"num-supernodes": 3, "client-resources-num-cpus": 1}
     status, _ = runner().simulate(LEGACY, overrides, resources, tmp_path)
     text = capsys.readouterr().out
