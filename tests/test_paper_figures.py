@@ -152,7 +152,7 @@ def some_rows(name, data):
 
 def test_an_overview_names_the_row_it_lacks(archive, tmp_path, capsys):  # noqa: F811
     for name in ("controls", "fig5", "fig7", "fig8"):
-        result = {"result": {}, "seeds": {"CPP": 1}, "settings": {"dataset": "x", "num_edges": 2}}
+        result = {"result": {}, "seeds": {"CPP": 1}, "dataset": "x", "settings": {"num_edges": 2}}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     assert main(["overview", "--out", str(tmp_path)]) == 2
     assert "expected the row 'IsPP' too" in capsys.readouterr().err

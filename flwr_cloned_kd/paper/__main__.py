@@ -114,6 +114,7 @@ def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) ->
     data: dict[str, Any] = {
         "figure": name,
         "title": figure.title,
+        "dataset": Path(base.data_path).stem if base.dataset == "npz" else base.dataset,
         "seeds": {label: len(rows) for label, rows in plan.items()},
         "settings": asdict(base),
         "versions": {

@@ -48,7 +48,7 @@ def draw(data: Data, path: Path) -> None:
     seeds = f"{most} seed{'s' * (most > 1)}" if least == most else f"{least} to {most} seeds"
     settings = data["settings"]
     figure.suptitle(
-        f"{data['title']}: {settings['dataset']}, {settings['model']}, mean and standard "
+        f"{data['title']}: {data['dataset']}, {settings['model']}, mean and standard "
         f"deviation of {seeds}",
         fontsize=11,
     )

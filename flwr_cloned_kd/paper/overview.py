@@ -63,7 +63,7 @@ def draw_overview(found: dict[str, Data], path: Path) -> None:
     drawn = [n for name in found for n in found[name]["seeds"].values()]
     settings = found["fig5"]["settings"]
     figure.suptitle(
-        f"{settings['dataset']}, {settings['num_edges']} edges: held-out accuracy, mean and "
+        f"{found['fig5']['dataset']}, {settings['num_edges']} edges: held-out accuracy, mean and "
         f"standard deviation of {min(drawn)} to {max(drawn)} seeds",
         fontsize=11,
     )

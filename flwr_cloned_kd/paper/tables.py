@@ -18,7 +18,7 @@ def table(data: Data) -> str:
     head, rows = TABLES[data["figure"]](data["result"])
     lines = [head, ["---"] * len(head), *rows]
     return (
-        f"{data['title']}: {settings['dataset']}, {settings['model']}, mean ± sample standard "
+        f"{data['title']}: {data['dataset']}, {settings['model']}, mean ± sample standard "
         f"deviation of {' or '.join(map(str, counts))} seeds\n\n"
         + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     )
