@@ -29,8 +29,8 @@ AT_WHAT_COST = {
     "CEM, paper": ("CEM", SKY, "D", -3),
     "CPP, paper": ("CPP", VERMILION, "o", -10),
     "keep the clone": ("keep the clone", PURPLE, "^", 4),
-    "FedAsync, alpha 0.6": ("FedAsync", ORANGE, "X", -9),
-    "FedBuff, K 3, lr 0.5": ("FedBuff", ORANGE, "P", 3),
+    "FedAsync, alpha 0.6": ("FedAsync", ORANGE, "X", -3),
+    "FedBuff, K 3, lr 0.5": ("FedBuff", ORANGE, "P", -3),
     "FedAvg, 1 round": ("FedAvg, 1 round", BLACK, "s", -13),
     "FedAvg, 2 rounds": ("FedAvg, 2 rounds", BLACK, "s", -12),
     "FedAvg, R rounds": ("FedAvg, 9 rounds", BLACK, "s", -3),
@@ -83,7 +83,9 @@ def _price(axes: Axes, controls: Data) -> None:
         axes.annotate(label, (megabytes, core["mean"]), (8, up), textcoords="offset points",
                       fontsize=8, color=colour)  # fmt: skip
         most = max(most, megabytes)
-    axes.set_xlim(0, 1.35 * most)  # room for the labels
+    axes.set_xscale("log")
+    axes.set_xlim(right=3 * most)  # room for the labels
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("megabytes exchanged, down and up")
     axes.set_ylabel("last core accuracy")
     axes.grid(alpha=0.3)
