@@ -71,7 +71,7 @@ def draw_overview(found: dict[str, Data], path: Path) -> None:
 
 
 def _price(axes: Axes, controls: Data) -> None:
-    most = 0.0
+    prices = set[float]()
     for name, (label, colour, marker, up) in AT_WHAT_COST.items():
         row = controls.get(name)
         if row is None or not row["bytes"]:
@@ -82,10 +82,11 @@ def _price(axes: Axes, controls: Data) -> None:
                       capsize=3, markersize=size)  # fmt: skip
         axes.annotate(label, (megabytes, core["mean"]), (8, up), textcoords="offset points",
                       fontsize=8, color=colour)  # fmt: skip
-        most = max(most, megabytes)
+        prices.add(megabytes)
     axes.set_xscale("log")
-    axes.set_xlim(right=3 * most)  # room for the labels
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(right=2.2 * max(prices, default=1.0))  # room for the labels
+    axes.set_xticks(sorted(prices), [f"{price:.3g}" for price in sorted(prices)])
+    axes.minorticks_off()
     axes.set_xlabel("megabytes exchanged, down and up")
     axes.set_ylabel("last core accuracy")
     axes.grid(alpha=0.3)
