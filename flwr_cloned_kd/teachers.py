@@ -72,8 +72,8 @@ class TargetBank:
 
     def _room(self, batch: Batch) -> bool:
         if self._epoch_bytes is None:
-            # Of a whole batch: some models take no lone sample, and it chooses how they are run.
-            one = self._target(batch.inputs)[:1].to(self._dtype)
+            # Of two samples: some models take no lone one, and they choose how models are run.
+            one = self._target(batch.inputs[:2])[:1].to(self._dtype)
             self._epoch_bytes = len(self._inputs) * one.nbytes
         return self.num_bytes + self._epoch_bytes <= self._most_bytes
 

@@ -265,8 +265,8 @@ def test_an_ensemble_is_run_once_in_its_life_in_the_memory(forwards, augment, ep
     state = start_of(core)
     for met, edge in enumerate(edges, start=1):
         state, _ = core.distill(state, edge)
-        # A batch tells how large a target is; then all 22 samples, once per view of theirs.
-        expected = {id(e): [8] + [22] * epochs_shown for e in edges[:met]}
+        # Two samples tell how large a target is; then all 22 samples, once per view of theirs.
+        expected = {id(e): [2] + [22] * epochs_shown for e in edges[:met]}
         assert forwards == expected
 
 
@@ -274,10 +274,10 @@ def test_teachers_that_keep_nothing_see_every_batch_of_every_round(forwards):
     core = core_of(memory_size=2, runtime=Runtime(device="cpu", target_bytes=0))
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(3)]
     rounds(core, edges)
-    # A batch of 8 tells how large a target is, once; then three epochs of 8 + 8 + 6, in two rounds
+    # Two samples tell how large a target is, once; then three epochs of 8 + 8 + 6, in two rounds
     # for all but the last ensemble.
     shown = [Counter(forwards[id(edge)]) for edge in edges]
-    assert shown == [{8: 1 + 12, 6: 6}] * 2 + [{8: 1 + 6, 6: 3}]
+    assert shown == [{2: 1, 8: 12, 6: 6}] * 2 + [{2: 1, 8: 6, 6: 3}]
 
 
 def test_teachers_of_an_arbitrary_augmentation_see_every_batch_and_keep_nothing(forwards):
@@ -312,7 +312,7 @@ def test_a_budget_for_some_epochs_keeps_these_and_runs_the_teachers_for_the_rest
                 assert bank.num_bytes <= most_bytes
     assert bank.num_bytes == num_kept * EPOCH_BYTES
     rest = 2 * (3 - num_kept)  # epochs in two rounds
-    expected = Counter({22: num_kept, 8: 1 + 2 * rest, 6: rest})
+    expected = Counter({22: num_kept, 2: 1, 8: 2 * rest, 6: rest})
     assert Counter(forwards[id(ensemble)]) == +expected
 
 
@@ -527,7 +527,7 @@ def test_a_phase_that_stops_early_keeps_the_epochs_it_saw(forwards):
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
     found = rounds(core, edges)
     assert [bank.num_bytes for bank in core._banks] == [2 * EPOCH_BYTES] * 2
-    assert forwards == {id(edge): [8, 22, 22] for edge in edges}
+    assert forwards == {id(edge): [2, 22, 22] for edge in edges}
     assert distance(found.params, twin_rounds(core, edges)) < 2 * ROUNDING
 
 
@@ -542,7 +542,7 @@ def test_data_larger_than_a_forward_pass_is_split(forwards):
     seen = RECIPE.augment.view(x, views)[rows]
     found = bank(Batch(seen, y[rows], rows, 2))
     assert (found - target_by_hand(ensemble, seen)).abs().max() < 1e-6
-    assert forwards[id(ensemble)] == [4, 128, 128, 44]
+    assert forwards[id(ensemble)] == [2, 128, 128, 44]
 
 
 class Squeezes(nn.Module):
