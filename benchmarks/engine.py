@@ -198,7 +198,7 @@ class Engine:
         return TargetBank(
             setup.model,
             edge,
-            setup.data[0],
+            setup.data,
             setup.recipe,
             view_seed=0,
             temperature=TEMPERATURE,

@@ -24,6 +24,7 @@ from .draws import Constant, Draw, Exponential, LogNormal, Trace
 from .engine import accuracy, fit, predict
 from .ensemble import Ensemble, StateDict, as_ensemble, clone, member
 from .guard import TrainAccuracyDrop, TrainAccuracyJump
+from .knowledge import Knowledge, correct, ensemble_share, label_probability, retained
 from .legacy import LegacyClonedKD
 from .losses import cross_entropy, distillation
 from .models import digits_cnn, initialise, resnet, resnet32
@@ -33,7 +34,7 @@ from .runtime import Runtime
 from .staleness import ConstantStaleness, HingeStaleness, PolynomialStaleness
 from .strategy import ClonedKD
 from .timeline import Event, accounts, draw_timeline
-from .variants import PRESETS, VARIANTS, Variant, cloned, practical
+from .variants import PRESETS, VARIANTS, Variant, cloned, practical, unselective
 from .virtual import VirtualGrid
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "FedAsync",
     "FedBuff",
     "HingeStaleness",
+    "Knowledge",
     "LegacyClonedKD",
     "LocalDpClones",
     "LogNormal",
@@ -78,6 +80,7 @@ __all__ = [
     "as_ensemble",
     "clone",
     "cloned",
+    "correct",
     "crop_and_flip",
     "cross_entropy",
     "digits_cnn",
@@ -85,9 +88,11 @@ __all__ = [
     "draw_timeline",
     "edge_app",
     "edge_seed",
+    "ensemble_share",
     "fit",
     "fold_in",
     "initialise",
+    "label_probability",
     "load_cifar100",
     "load_digits",
     "load_huggingface",
@@ -99,8 +104,10 @@ __all__ = [
     "predict",
     "resnet",
     "resnet32",
+    "retained",
     "shuffle_labels",
     "step_decay",
     "take",
     "train_edge",
+    "unselective",
 ]

@@ -81,5 +81,7 @@ def _brief(metrics: dict[str, float]) -> str:
     kinds = ("edge", "ensemble", "core", "train")
     known = {kind: metrics.get(f"{kind}-accuracy") for kind in kinds}
     known["consensus"] = metrics.get("consensus")
+    known["knows"] = metrics.get("known")
+    known["student starts at"] = metrics.get("student-start")
     words = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
     return ", ".join(words) or "absorbed"

@@ -35,19 +35,26 @@ class Step:
         self._width = num_clones // len(lanes)
         self._optimisers = [_sgd(lane.leaves, recipe) for lane in lanes]
         self._starts = [[leaf.detach().clone() for leaf in lane.leaves] for lane in lanes]
+        self._streams: list[torch.cuda.Stream] = []
 
     def __call__(self, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
         return _joined([self._lane(index, batches, lr) for index in range(len(self._lanes))])
 
     def parallel(self, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
-        """Do the same with every lane on a CUDA stream of its own."""
+        """Do the same with every lane on a CUDA stream of its own.
+
+        The streams are made once. cuBLAS keeps a workspace for each stream and makes it when the
+        stream is first used: if that happened while a graph is recorded, the workspace would lie
+        in the memory of the graph.
+        """
         current, seen = torch.cuda.current_stream(), []
-        streams = [torch.cuda.Stream() for _ in self._lanes]  # type: ignore[no-untyped-call]
-        for index, stream in enumerate(streams):
+        if not self._streams:
+            self._streams = [torch.cuda.Stream() for _ in self._lanes]  # type: ignore[no-untyped-call]
+        for index, stream in enumerate(self._streams):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 seen.append(self._lane(index, batches, lr))
-        for stream in streams:
+        for stream in self._streams:
             current.wait_stream(stream)
         return _joined(seen)
 

@@ -9,6 +9,7 @@ from .data import Dataset
 from .engine import accuracy, fit, predict
 from .ensemble import Ensemble, StateDict, check_finite, clone, mean, member
 from .guard import Guard
+from .knowledge import Knowledge, Selection, StartRule
 from .losses import Targets, distillation
 from .recipe import Recipe, fold_in
 from .runtime import Runtime
@@ -27,8 +28,10 @@ class Distillation:
         memory_size: M of Eq. (2), ensembles that teach, the present one included; 1 is no memory.
         mean_over_memory: average the KD terms of the memory instead of summing them (Eq. 2).
         student_start: where the student starts, in [0, 1]: 0 at the core, 1 at the core plus the
-            clones' mean movement (for an edge that was sent this core: the clones' mean).
+            clones' mean movement (for an edge that was sent this core: the clones' mean). A
+            function chooses in every round by what the core can measure on its own data.
         core_as_teacher: let the core, as it was before this round, teach too.
+        selection: which samples a teacher teaches, and how much of each; None is all of all.
 
     Raises:
         ValueError: for a number out of range.
@@ -39,8 +42,9 @@ class Distillation:
     student_temperature: float | None = None
     memory_size: int = 3
     mean_over_memory: bool = False
-    student_start: float = 0.0
+    student_start: float | StartRule = 0.0
     core_as_teacher: bool = False
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "student_temperature"):
@@ -49,7 +53,7 @@ class Distillation:
                 raise ValueError(f"{name}: expected above 0, got {value}")
         if self.memory_size < 1:
             raise ValueError(f"memory_size: expected at least 1, got {self.memory_size}")
-        if not 0 <= self.student_start <= 1:
+        if not callable(self.student_start) and not 0 <= self.student_start <= 1:
             raise ValueError(f"student_start: expected 0 to 1, got {self.student_start}")
 
 
@@ -120,10 +124,11 @@ class Core:
 
         Returns:
             The new state, or `state` itself if the guard refused the round; and the metrics
-            "accepted" (1 or 0), "train-accuracy" (of the core, on core data) and, with held-out
-            data, "core-accuracy", "edge-accuracy" (mean of the clones), "ensemble-accuracy" and
-            the `Venn` of the new core and the edge: "student-only", "both", "teacher-only",
-            "consensus". Fractions in [0, 1].
+            "accepted" (1 or 0), "train-accuracy" (of the core, on core data), "known" (the share of
+            the core data that the ensemble classifies correctly), "student-start" (the part of the
+            clones' movement) and, with held-out data, "core-accuracy", "edge-accuracy" (mean of
+            the clones), "ensemble-accuracy" and the `Venn` of the new core and the edge:
+            "student-only", "both", "teacher-only", "consensus". Fractions in [0, 1].
 
         Raises:
             ValueError: if the edge predicts, or the core would become, anything not finite; or
@@ -136,7 +141,9 @@ class Core:
         memory = (*state.memory, edge)[-how.memory_size :]
         weights = (*before, weight)[-how.memory_size :]
         found = self._predict(edge, "edge predictions: ")
-        student = _student_start(self.model, state.params, edge, sent, how.student_start)
+        knowledge = self._knowledge(state.params, edge, sent)
+        share = self._share(knowledge)
+        student = _student_start(self.model, state.params, edge, sent, share)
         targets = self._targets(state.params, memory, weights)
         params = member(
             self._fit(
@@ -153,7 +160,12 @@ class Core:
         check_finite(params, "core after distillation: ")
         trained = self.train_accuracy(params)
         accepted = self.guard is None or not self.guard(state.train_accuracy, trained)
-        metrics = {"accepted": float(accepted), "train-accuracy": trained}
+        metrics = {
+            "accepted": float(accepted),
+            "train-accuracy": trained,
+            "known": knowledge.ensemble,
+            "student-start": share,
+        }
         if found is not None and self.held_out is not None:
             metrics |= _compare(self.predictions(params), found, self.held_out[1])
         if not accepted:
@@ -194,6 +206,26 @@ class Core:
         check_finite({"logits": logits}, what)
         return logits if self.held_out else None
 
+    def _knowledge(self, core: StateDict, edge: Ensemble, sent: StateDict | None) -> Knowledge:
+        inputs, labels = self.dataset
+        logits = predict(self.model, edge, inputs, runtime=self.runtime)
+        check_finite({"logits": logits}, "edge predictions: ")
+        target = (logits / self.distillation.temperature).softmax(-1).mean(0)
+
+        def moved(share: float) -> float:
+            return self.train_accuracy(_student_start(self.model, core, edge, sent, share))
+
+        return Knowledge(float(accuracy(target, labels)), moved)
+
+    def _share(self, knowledge: Knowledge) -> float:
+        rule = self.distillation.student_start
+        if not callable(rule):
+            return rule
+        share = rule(knowledge)
+        if not 0 <= share <= 1:
+            raise ValueError(f"student_start: expected 0 to 1 from the function, got {share}")
+        return share
+
     def _targets(
         self, core: StateDict, memory: tuple[Ensemble, ...], weights: tuple[float, ...]
     ) -> Targets:
@@ -212,10 +244,11 @@ class Core:
         return TargetBank(
             self.model,
             ensemble,
-            self.dataset[0],
+            self.dataset,
             how.recipe,
             view_seed=fold_in(self.seed, "phase-2-views"),
             temperature=how.temperature,
+            selection=how.selection,
             most_bytes=self.runtime.target_bytes // (how.memory_size + how.core_as_teacher),
             runtime=self.runtime,
         )

@@ -11,10 +11,7 @@ from .data import Dataset, FiniteViews
 from .ensemble import Ensemble, size
 from .losses import Batch, Loss, Targets, cross_entropy
 from .recipe import Epoch, Recipe, fold_in
-from .runtime import Plan, Progress, Runtime, settings
-
-PREDICT_BATCH_SIZE = 128
-"""Larger ones fall out of a CPU's cache: see docs/performance.md."""
+from .runtime import Plan, Progress, Runtime, batches_at_once, predict_batch_size, settings
 
 
 def fit(
@@ -100,13 +97,13 @@ def forward(
     ensemble: Ensemble,
     runtime: Runtime = Runtime(),
     *,
-    batch_size: int = PREDICT_BATCH_SIZE,
+    batch_size: int | None = None,
     num_samples: int = 0,
 ) -> Callable[[Tensor], Tensor]:
     """Return inputs `[B, ...]` -> logits `[E, B, C]` of the whole ensemble in evaluation mode.
 
     Args:
-        batch_size: B of most calls.
+        batch_size: B of most calls; None is `predict_batch_size`.
         num_samples: about how many inputs will pass, for the choice of the fastest way.
     """
     parts: list[Lane] = []
@@ -121,7 +118,7 @@ def forward(
                 inputs,
                 runtime,
                 training=False,
-                batch_size=batch_size,
+                batch_size=batch_size or predict_batch_size(runtime.target),
                 num_samples=num_samples * size(ensemble),
             )
             parts.extend(found)
@@ -137,9 +134,10 @@ def predict(
     inputs: Tensor,
     *,
     runtime: Runtime = Runtime(),
-    batch_size: int = PREDICT_BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Compute the logits `[E, N, C]` of every clone for inputs `[N, ...]`, on the CPU."""
+    batch_size = batch_size or predict_batch_size(runtime.target)
     with settings(runtime, 0):
         call = forward(model, ensemble, runtime, batch_size=batch_size, num_samples=len(inputs))
         parts = [call(part).cpu() for part in torch.split(inputs, batch_size)]
@@ -186,15 +184,19 @@ def _epoch(
             else epoch_views(augment, len(inputs), view_seed, epoch)
         ).to(inputs.device)
     sizes = _split(len(inputs), recipe.batch_size)
-    for rows in order[: sum(sizes)].to(inputs.device).split(sizes):  # type: ignore[no-untyped-call]
-        x, y = inputs[rows], labels[rows]
+    order = order[: sum(sizes)].to(inputs.device)
+    for several in torch.split(order, recipe.batch_size * batches_at_once(inputs.device)):
+        pixels = inputs[several]
         if isinstance(augment, FiniteViews) and views is not None:
-            x = augment.view(x, views[rows])
-        elif augment is not None:
-            x = augment(x, generator)
-        if recipe.label_noise is not None:
-            y = recipe.label_noise(y, generator)
-        yield Batch(x, y, rows, epoch)
+            pixels = augment.view(pixels, views[several])
+        pairs = zip(*(torch.split(part, recipe.batch_size) for part in (several, pixels)))
+        for rows, x in pairs:
+            y = labels[rows]
+            if augment is not None and views is None:
+                x = augment(x, generator)
+            if recipe.label_noise is not None:
+                y = recipe.label_noise(y, generator)
+            yield Batch(x, y, rows, epoch)
 
 
 class _Meter:

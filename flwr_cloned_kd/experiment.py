@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .baselines import FedAsync, FedBuff
 from .client import EdgeClient
-from .core import Core
+from .core import Core, Distillation
 from .data import (
     Dataset,
     load_cifar100,
@@ -63,13 +63,15 @@ def split(settings: Settings, labels: Tensor) -> list[Tensor]:
     parts = partition(len(labels), 1 + settings.num_edges, seed=fold_in(settings.seed, "split"))
     if settings.split == "random":
         return parts
+    rest = torch.cat(parts[1:])
+    if settings.split == "one-class":
+        return [parts[0], *one_class_each(settings, labels, rest)]
     try:
         from flwr_datasets.partitioner import DirichletPartitioner
     except ImportError as error:
         raise ImportError(
             'split=dirichlet needs flwr-datasets: pip install "flwr-cloned-kd[datasets]"'
         ) from error
-    rest = torch.cat(parts[1:])
     partitioner = DirichletPartitioner(
         settings.num_edges,
         partition_by="label",
@@ -78,6 +80,15 @@ def split(settings: Settings, labels: Tensor) -> list[Tensor]:
         seed=fold_in(settings.seed, "dirichlet") % 2**32,
     )
     return [parts[0], *(rest[rows] for rows in partition_with(partitioner, labels[rest]))]
+
+
+def one_class_each(settings: Settings, labels: Tensor, rows: Tensor) -> list[Tensor]:
+    """Give every edge the rows of one class, drawn without repetition as long as there are more."""
+    num_classes = int(labels.max()) + 1
+    generator = torch.Generator().manual_seed(fold_in(settings.seed, "one-class"))
+    classes = torch.randperm(num_classes, generator=generator).tolist()
+    chosen = [classes[edge % num_classes] for edge in range(settings.num_edges)]
+    return [rows[labels[rows] == label] for label in chosen]
 
 
 def recipe(settings: Settings, epochs: int, **changes: Any) -> Recipe:
@@ -118,23 +129,28 @@ def runtime(settings: Settings, device: str) -> Runtime:
     )
 
 
+def phase_2(settings: Settings) -> Distillation:
+    """Make the distillation: the preset, and what the settings change of it."""
+    stop = Plateau(settings.plateau_patience) if settings.plateau_patience else None
+    chosen = PRESETS[settings.preset](recipe(settings, settings.distill_epochs, stop=stop))
+    lr = settings.distill_lr or chosen.recipe.lr
+    return replace(
+        chosen,
+        recipe=replace(chosen.recipe, lr=lr),
+        temperature=settings.temperature or chosen.temperature,
+        memory_size=settings.memory_size or VARIANTS[settings.variant].memory_size,
+    )
+
+
 def build_core(settings: Settings) -> Core:
     """Assemble the core: its part of the data, its model, its recipes."""
     train, test = load(settings)
     num_classes, guard = int(train[1].max()) + 1, GUARDS[settings.guard]
-    stop = Plateau(settings.plateau_patience) if settings.plateau_patience else None
-    how = PRESETS[settings.preset](recipe(settings, settings.distill_epochs, stop=stop))
-    if settings.distill_lr:
-        how = replace(how, recipe=replace(how.recipe, lr=settings.distill_lr))
     return Core(
         model=build_model(settings, num_classes, train[0]),
         dataset=take(train, split(settings, train[1])[0]),
         recipe=recipe(settings, settings.core_epochs),
-        distillation=replace(
-            how,
-            temperature=settings.temperature or how.temperature,
-            memory_size=settings.memory_size or VARIANTS[settings.variant].memory_size,
-        ),
+        distillation=phase_2(settings),
         guard=guard(settings.guard_threshold) if guard is not None else None,
         held_out=test,
         seed=settings.seed,

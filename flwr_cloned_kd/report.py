@@ -126,7 +126,7 @@ class Report:
             "config": {k.replace("_", "-"): v for k, v in asdict(self.settings).items()},
             "runtime": self.plans,
             "versions": {"python": platform.python_version()} | _versions(),
-            "hardware": _hardware(self._device),
+            "hardware": hardware(self._device),
         }
 
 
@@ -240,7 +240,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _hardware(device: torch.device) -> dict[str, Any]:
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Name the processor, the number of its cores, and the GPU if `device` is one."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -19,6 +19,12 @@ SMALL_PARAMETERS = 50_000
 COMPILE_FLOP = 1e14
 """Forward and backward passes of a phase, 10 minutes of them, that earn a compilation back."""
 LOG_SECONDS = 5.0
+CPU_PREDICT_BATCH_SIZE = 128
+"""Larger batches fall out of a CPU's cache: see docs/performance.md."""
+GPU_PREDICT_BATCH_SIZE = 2048
+"""Smaller batches leave a GPU waiting for the CPU, which starts every kernel."""
+GPU_BATCHES_AT_ONCE = 64
+"""Training batches that are drawn and augmented together on a GPU, for the same reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,16 @@ class Runtime:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+
+def predict_batch_size(device: torch.device) -> int:
+    """Return how many samples a model should predict at a time on a device."""
+    return GPU_PREDICT_BATCH_SIZE if device.type == "cuda" else CPU_PREDICT_BATCH_SIZE
+
+
+def batches_at_once(device: torch.device) -> int:
+    """Return how many training batches to draw and augment together on a device."""
+    return GPU_BATCHES_AT_ONCE if device.type == "cuda" else 1
 
 
 class Plan(NamedTuple):

@@ -36,12 +36,13 @@ class Settings:
         data_path: where cifar100 is or goes to; the archive of npz; the name of huggingface's.
         image_key, label_key: columns of a huggingface dataset.
         num_edges: parts of the data besides the core's.
-        split: "random" (even) or "dirichlet" (labels skewed over the edges, the core even).
+        split: "random" (even), "dirichlet" (labels skewed over the edges, the core even) or
+            "one-class" (every edge has the images of one class, the core is even).
         dirichlet_alpha: above 0; the smaller, the more skewed.
         model: digits-cnn or resnet-DEPTH.
         variant: a row of Fig. 5: what an edge starts from, clones, memory.
         num_clones, memory_size: 0 takes the variant's.
-        preset: "paper" or "practical" (Phase 2).
+        preset: "practical", "paper" or "unselective" (Phase 2).
         core_epochs, edge_epochs, distill_epochs: of Phases 0, 1 and 2.
         batch_size, lr, momentum, weight_decay: of all phases.
         augment: of all phases: "none", "crop" or "crop-and-flip".
@@ -150,7 +151,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._among("dataset", DATASETS)
-        self._among("split", ("random", "dirichlet"))
+        self._among("split", ("random", "dirichlet", "one-class"))
         self._among("variant", tuple(VARIANTS))
         self._among("preset", tuple(PRESETS))
         self._among("augment", tuple(AUGMENTATIONS))

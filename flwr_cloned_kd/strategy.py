@@ -118,7 +118,7 @@ class ClonedKD(AsyncStrategy):
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned; ValueError if this core cannot."""
         for name, value in self._settings.items():
-            if (found := state["settings"][name]) != value:
+            if (found := state["settings"].get(name)) != value:
                 raise ValueError(f"{name}: expected {value}, got {found}")
         like = self.core.model.state_dict()
 
@@ -148,12 +148,15 @@ class ClonedKD(AsyncStrategy):
         how = self.core.distillation
         options = {**vars(how), **vars(how.recipe)}
         numbers = {name: v for name, v in options.items() if v is None or type(v) in NUMBERS}
+        rules = {"selection": how.selection, "student_start": how.student_start}
+        functions = {name: _name(rule) for name, rule in rules.items() if callable(rule)}
         return {
             "num_clones": self.num_clones,
             "seed": self.core.seed,
             "core_samples": len(self.core.dataset[1]),
-            "send": getattr(self.send, "__qualname__", type(self.send).__name__),
+            "send": _name(self.send),
             **numbers,
+            **functions,
         }
 
     def summary(self) -> None:
@@ -163,7 +166,8 @@ class ClonedKD(AsyncStrategy):
         log(INFO, "\t├── Clones per edge: %d", self.num_clones)
         log(INFO, "\t├── Temporal memory: %d", how.memory_size)
         log(INFO, "\t├── Temperature: %g", how.temperature)
-        log(INFO, "\t├── Student starts at: %g of the clones' movement", how.student_start)
+        log(INFO, "\t├── Student starts at: %s of the clones' movement", _name(how.student_start))
+        log(INFO, "\t├── A teacher teaches: %s samples", _name(how.selection or "all"))
         log(INFO, "\t└── Core data: %d samples, seed %d", len(self.core.dataset[1]), self.core.seed)
 
     @property
@@ -171,3 +175,8 @@ class ClonedKD(AsyncStrategy):
         if self.state is None:
             raise RuntimeError("ClonedKD: expected start() first")
         return self.state
+
+
+def _name(rule: object) -> str:
+    """Name a function, or write out a number."""
+    return str(getattr(rule, "__qualname__", type(rule).__name__ if callable(rule) else rule))

@@ -5,6 +5,15 @@ from dataclasses import dataclass, replace
 
 from .core import Core, CoreState, Distillation
 from .ensemble import StateDict
+from .knowledge import (
+    Selection,
+    StartRule,
+    correct,
+    ensemble_share,
+    half_retained,
+    label_probability,
+    retained,
+)
 from .models import initialise
 from .recipe import Recipe, fold_in
 
@@ -60,14 +69,46 @@ def paper(recipe: Recipe) -> Distillation:
     return Distillation(recipe=recipe)
 
 
-def practical(recipe: Recipe) -> Distillation:
-    """Phase 2 as we found it to work best: see docs/results.md for the comparison.
+def unselective(recipe: Recipe) -> Distillation:
+    """Phase 2 with a fifth of the learning rate, KD terms averaged, starting at the clones' mean.
 
-    A fifth of the learning rate, KD terms averaged, starting where the clones moved to.
+    Every teacher teaches every sample, as in the paper: good on edges whose labels are spread
+    alike, harmful on edges that know few classes. See docs/results.md.
     """
     return Distillation(
         recipe=replace(recipe, lr=recipe.lr / 5), student_start=1.0, mean_over_memory=True
     )
 
 
-PRESETS = {"paper": paper, "practical": practical}
+def practical(recipe: Recipe) -> Distillation:
+    """Phase 2 as we found it to work best on even and on skewed edges alike.
+
+    As `unselective`, but a teacher teaches only the samples that it classifies correctly, the core
+    before the round teaches too, the KD terms are lighter (t = 2), and the student starts only as
+    far towards the clones as the core's own knowledge survives.
+    """
+    return replace(
+        unselective(recipe),
+        temperature=2.0,
+        core_as_teacher=True,
+        selection=correct,
+        student_start=retained,
+    )
+
+
+PRESETS = {"paper": paper, "practical": practical, "unselective": unselective}
+"""Ways to run Phase 2, by the names that run-configs use."""
+
+SELECTIONS: dict[str, Selection | None] = {
+    "all": None,
+    "correct": correct,
+    "label-probability": label_probability,
+}
+"""Which samples a teacher teaches, by name."""
+
+START_RULES: dict[str, StartRule] = {
+    "retained": retained,
+    "half-retained": half_retained,
+    "ensemble-share": ensemble_share,
+}
+"""Rules for the student's start, by name."""

@@ -147,17 +147,23 @@ def train(
     return snapshot(model.state_dict())
 
 
-def divergences(logits, labels, teachers, weights, temperature, student_temperature=None):
-    """Eq. (2) with every divergence on its own: `teachers[m][e]` are logits `[B, C]`."""
+def divergences(
+    logits, labels, teachers, weights, temperature, student_temperature=None, selection=None
+):
+    """Eq. (2) with every divergence on its own: `teachers[m][e]` are logits `[B, C]`.
+
+    With a selection, the divergence of a sample counts as much as the ensemble teaches of it.
+    """
     divisor = temperature if student_temperature is None else student_temperature
     total = F.cross_entropy(logits, labels)
     for weight, ensemble in zip(weights, teachers):
-        for teacher in ensemble:
-            divergence = F.kl_div(
-                F.log_softmax(logits / divisor, dim=1),
-                F.softmax(teacher / temperature, dim=1),
-                reduction="batchmean",
-            )
+        tempered = [F.softmax(teacher / temperature, dim=1) for teacher in ensemble]
+        taught = torch.ones(len(labels))
+        if selection is not None:
+            taught = selection(sum(tempered) / len(tempered), labels)
+        for target in tempered:
+            each = F.kl_div(F.log_softmax(logits / divisor, dim=1), target, reduction="none")
+            divergence = (taught * each.sum(1)).mean()
             total = total + temperature**2 * weight / len(ensemble) * divergence
     return total
 
@@ -192,6 +198,7 @@ def phase2(
             weights,
             distillation.temperature,
             distillation.student_temperature,
+            distillation.selection,
         )
 
     params = core if start is None else start

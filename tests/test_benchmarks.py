@@ -3,13 +3,24 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from reference import ROUNDING, distance, images, mlp
 
-from benchmarks import engine, machine
+from benchmarks import engine, machine, phase0
 from benchmarks import reference as textbook
-from flwr_cloned_kd import Core, CoreState, Distillation, Recipe, clone, member, train_edge
+from flwr_cloned_kd import (
+    Core,
+    CoreState,
+    CropAndFlip,
+    Distillation,
+    Recipe,
+    Runtime,
+    clone,
+    member,
+    train_edge,
+)
 
 # One batch per epoch: then every order of the samples sums the same gradient.
 DATA = images(90)
@@ -87,3 +98,81 @@ def test_the_median_by_hand():
 def test_the_textbook_knows_nothing_of_the_library():
     assert "flwr_cloned_kd" not in Path(textbook.__file__).read_text().split('"""')[2]
     assert member(stacked([mlp()]), 0).keys() == mlp().state_dict().keys()
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Ten parts of 24 coloured images of 8x8, and 32 held-out ones."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, num_images in (("train", 240), ("test", 32)):
+        shape = (num_images, 8, 8, 3)
+        arrays[f"x_{part}"] = generator.integers(256, size=shape, dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(num_images) % 4
+    path = tmp_path / "tiny.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_phase_0_goes_on_from_its_results(archive, tmp_path, monkeypatch, capsys):
+    saved = tmp_path / "found.json"
+    command = ["--data", str(archive), "--seeds", "2", "--epochs", "1", "--device", "cpu"]
+    command += ["--json", str(saved), "--only"]
+    first = phase0.main([*command, "own-loop"])
+    assert list(first) == ["baseline", "own-loop"]
+    assert json.loads(saved.read_text()) == first
+    assert "own-loop" in capsys.readouterr().out
+
+    tasks, run = [], phase0.run
+
+    def watched(task):
+        tasks.append((task.name, task.seed))
+        return run(task)
+
+    monkeypatch.setattr(phase0, "run", watched)
+    altered = {**first, "own-loop": {**first["own-loop"], "words": "something else"}}
+    saved.write_text(json.dumps(altered))
+    # The order in which a combination is written does not matter.
+    second = phase0.main([*command, "own-loop", "lr-0.2+cosine", "cosine+lr-0.2"])
+    name = "cosine+lr-0.2"
+    assert tasks == [("own-loop", 0), ("own-loop", 1), (name, 0), (name, 1)]
+    assert second[name]["words"] == "lr cosine to 0; lr 0.2"
+    assert second["baseline"] == first["baseline"]
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_own_loop_of_phase_0_trains_what_fit_trains(epochs):
+    inputs = torch.randint(256, (24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    dataset = inputs.to(torch.uint8), torch.arange(24) % 4
+    moments = torch.full((3,), 127.0), torch.full((3,), 70.0)
+    recipe = Recipe(epochs=epochs, batch_size=10, augment=CropAndFlip())
+    trial = phase0.Trial(recipe=recipe, moments=moments, pixels=moments)
+    model = phase0.build(trial, 4, seed=0)
+    theirs, ours = (
+        phase0.pretrain(model, dataset, way(trial), seed=1, runtime=Runtime(device="cpu"))
+        for way in (phase0.ROWS["baseline"].change, phase0.ROWS["own-loop"].change)
+    )
+    assert distance(ours, theirs) < ROUNDING
+    assert distance(ours, model.state_dict()) > 1e-2
+
+
+def test_crops_of_phase_0_show_the_same_part_of_the_image_on_another_margin():
+    images = torch.randint(256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = images.to(torch.uint8)
+    colour = torch.tensor([1.0, 2.0, 3.0])
+    views = torch.tensor([0, 161])
+    plain = CropAndFlip().view(images, views).float()
+    padded = phase0.MeanPaddedCrop(colour=colour).view(images, views)
+    reflected = phase0.ReflectedCrop().view(images, views)
+    inside = CropAndFlip().view(torch.ones_like(images), views) == 1
+    assert (padded[inside] == plain[inside]).all()
+    assert (reflected[inside] == plain[inside]).all()
+    assert (padded == torch.where(inside, padded, colour[:, None, None])).all()
+    # View 0 begins four pixels up and to the left; the mirror does not repeat the edge.
+    assert (reflected[0, :, 0, 0] == images[0, :, 4, 4]).all()
+
+
+def test_an_unknown_row_of_phase_0_is_named(archive, capsys):
+    with pytest.raises(SystemExit):
+        phase0.main(["--data", str(archive), "--only", "cosine+nothing"])
+    assert "got nothing" in capsys.readouterr().err

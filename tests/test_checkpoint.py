@@ -16,7 +16,7 @@ from reference import same_bits
 from safetensors.torch import save_file
 from torch import nn
 
-from flwr_cloned_kd import ClonedKD, Core
+from flwr_cloned_kd import ClonedKD, Core, correct, retained
 from flwr_cloned_kd import _checkpoint as file
 from flwr_cloned_kd.variants import scratch
 
@@ -319,6 +319,8 @@ def test_another_model_seed_number_of_clones_or_strategy_is_named(written):
         ({"temperature": 2.0}, r"temperature: expected 2\.0, got 4\.0"),
         ({"student_temperature": 1.0}, r"student_temperature: expected 1\.0, got None"),
         ({"student_start": 0.5}, r"student_start: expected 0\.5, got 0\.0"),
+        ({"student_start": retained}, r"student_start: expected retained, got 0\.0"),
+        ({"selection": correct}, "selection: expected correct, got None"),
         ({"memory_size": 7}, "memory_size: expected 7, got 3"),
         ({"mean_over_memory": True}, "mean_over_memory: expected True, got False"),
         ({"core_as_teacher": True}, "core_as_teacher: expected True, got False"),

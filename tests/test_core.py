@@ -19,9 +19,11 @@ from flwr_cloned_kd import (
     Runtime,
     TrainAccuracyJump,
     clone,
+    correct,
     edge_seed,
     fit,
     fold_in,
+    label_probability,
     member,
     predict,
     train_edge,
@@ -90,8 +92,21 @@ def phase_2_seed(core, version):
         (cnn, 3, {"memory_size": 3}),
         (mlp, 2, {"memory_size": 2, "mean_over_memory": True, "core_as_teacher": True}),
         (mlp, 2, {"memory_size": 2, "temperature": 2.0, "student_temperature": 1.0}),
+        (mlp, 3, {"memory_size": 3, "selection": correct}),
+        (cnn, 2, {"memory_size": 2, "selection": correct, "core_as_teacher": True}),
+        (mlp, 2, {"memory_size": 2, "selection": label_probability, "mean_over_memory": True}),
     ],
-    ids=["CPP", "CEM", "CPP cnn", "CEM cnn", "mean of the memory and the core", "as printed"],
+    ids=[
+        "CPP",
+        "CEM",
+        "CPP cnn",
+        "CEM cnn",
+        "mean of the memory and the core",
+        "as printed",
+        "correct samples only",
+        "correct samples only, the core too",
+        "by the probability of the label",
+    ],
 )
 def test_four_rounds_equal_a_plain_loop_over_separate_divergences(build, num_clones, how):
     core = core_of(build(), distillation=how, seed=3)
@@ -360,7 +375,7 @@ def test_without_held_out_data_there_are_no_accuracies():
     core = core_of()
     (edge,) = edges_of(1, 2)
     state, metrics = core.distill(start_of(core), edge)
-    assert metrics.keys() == {"accepted", "train-accuracy"}
+    assert metrics.keys() == {"accepted", "train-accuracy", "known", "student-start"}
     assert core.held_out_accuracy(state.params) is None
     with pytest.raises(ValueError, match="held_out: expected a dataset, got None"):
         core.predictions(state.params)
@@ -373,6 +388,8 @@ def test_metrics_are_fractions_that_agree_with_each_other():
     assert metrics.keys() == {
         "accepted",
         "train-accuracy",
+        "known",
+        "student-start",
         "core-accuracy",
         "edge-accuracy",
         "ensemble-accuracy",

@@ -52,7 +52,7 @@ def test_the_cifar100_app_is_the_papers_setting():
         ({"x": 1}, r"run-config x: expected a known key \(dataset, data-path, "),
         ({"variant": "CEN"}, "variant: expected one of IsPP, IPP, .* got 'CEN'"),
         ({"dataset": "mnist"}, "dataset: expected one of digits, cifar100, npz, huggingface"),
-        ({"preset": "best"}, "preset: expected one of paper, practical, got 'best'"),
+        ({"preset": "best"}, "preset: expected one of paper, practical, unselective, got 'best'"),
         ({"num-clones": "3"}, "num-clones: expected int, got '3'"),
         ({"num-clones": True}, "num-clones: expected int, got True"),
         ({"num-clones": -1}, "num-clones: expected at least 0, got -1"),

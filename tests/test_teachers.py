@@ -106,15 +106,16 @@ def twin_rounds(core, edges, **options):
     return params
 
 
-def bank_of(ensemble, recipe=RECIPE, *, most_bytes=2**20, model=None, runtime=None):
+def bank_of(ensemble, recipe=RECIPE, *, most_bytes=2**20, model=None, runtime=None, selection=None):
     return TargetBank(
         mlp() if model is None else model,
         ensemble,
-        DATA[0],
+        DATA,
         recipe,
         view_seed=VIEW_SEED,
         temperature=TEMPERATURE,
         most_bytes=most_bytes,
+        selection=selection,
         runtime=Runtime(device="cpu") if runtime is None else runtime,
     )
 
@@ -535,7 +536,7 @@ def test_data_larger_than_a_forward_pass_is_split(forwards):
     x, y = images(300)
     ensemble = ensemble_of(2)
     bank = TargetBank(
-        mlp(), ensemble, x, RECIPE, view_seed=1, temperature=TEMPERATURE, most_bytes=2**20
+        mlp(), ensemble, (x, y), RECIPE, view_seed=1, temperature=TEMPERATURE, most_bytes=2**20
     )
     rows = torch.tensor([299, 0, 128, 127])
     views = epoch_views(RECIPE.augment, 300, 1, 2)

@@ -14,6 +14,7 @@ from flwr_cloned_kd import (
     cloned,
     initialise,
     practical,
+    unselective,
 )
 from flwr_cloned_kd.variants import paper
 
@@ -102,8 +103,8 @@ def test_the_paper_preset_is_the_faithful_default():
     assert how.memory_size == 3
 
 
-def test_the_practical_preset_differs_by_rate_start_and_mean():
-    how = practical(RECIPE)
+def test_the_unselective_preset_differs_by_rate_start_and_mean():
+    how = unselective(RECIPE)
     assert how.recipe == replace(RECIPE, lr=how.recipe.lr)
     assert how.recipe.lr == pytest.approx(0.05 / 5)
     assert how == replace(
@@ -112,4 +113,5 @@ def test_the_practical_preset_differs_by_rate_start_and_mean():
 
 
 def test_presets_are_found_by_name():
-    assert {"paper": paper, "practical": practical} == PRESETS
+    presets = {"paper": paper, "practical": practical, "unselective": unselective}
+    assert presets == PRESETS

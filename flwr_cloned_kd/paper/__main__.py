@@ -4,21 +4,22 @@ import argparse
 import json
 import platform
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import __version__
 from ..experiment import load
 from ..report import write_atomically
-from ..settings import Settings
+from ..settings import CHOICES, Settings
 from .cache import all_records, key, stored
 from .experiments import FIGURES, choose
 from .seeds import Plan, Results
+from .skew import SPLITS
 from .tables import table
 
 OVERVIEW = ("fig5", "controls", "fig8", "fig7")
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
             load(base)  # before hours of work, does the data exist?
         lesser = min(options.lesser_seeds, options.seeds)
         plans = {
-            name: choose(name, FIGURES[name].plan(base, options.seeds, lesser), options.rows)
+            name: choose(
+                name, FIGURES[name].plan(base, options.seeds, lesser), options.rows, options.splits
+            )
             for name in names
         }
     except (ValueError, OSError, ImportError) as error:
@@ -84,6 +87,9 @@ def base_settings(options: argparse.Namespace) -> Settings:
         edge_epochs=epochs,
         distill_epochs=epochs,
         device=options.device,
+        cuda_graphs=options.cuda_graphs,
+        bf16=options.bf16,
+        batch_clones=options.batch_clones,
         compile="auto",
     )
 
@@ -117,11 +123,8 @@ def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) ->
         "dataset": Path(base.data_path).stem if base.dataset == "npz" else base.dataset,
         "seeds": {label: len(rows) for label, rows in plan.items()},
         "settings": asdict(base),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "flwr-cloned-kd": __version__,
-        },
+        "versions": {"python": platform.python_version(), "flwr-cloned-kd": __version__},
+        "played on": played_on(results),
         "result": figure.reduce(results),
     }
     path = out / f"{name}.json"
@@ -134,6 +137,12 @@ def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) ->
     else:
         draw(data, path.with_suffix(".png"))
     print(f"{name}: {path}")
+
+
+def played_on(results: Results) -> dict[str, int]:
+    """Count the runs, each once, by the processor and the version of PyTorch that played them."""
+    runs = {id(records): records[0] for rows in results.values() for records in rows}
+    return dict(Counter(first.get("played-on", "unknown") for first in runs.values()))
 
 
 def overview(out: Path) -> int:
@@ -175,12 +184,17 @@ def _parser() -> argparse.ArgumentParser:
         help="short: ResNet-8, 12 epochs in Phase 0 and 4 after (default: full)")  # fmt: skip
     add("--rows", nargs="+", default=[], metavar="ROW",
         help="only these rows of a figure, by their names in its JSON")  # fmt: skip
+    add("--splits", nargs="+", default=[], choices=[*SPLITS], metavar="SPLIT",
+        help=f"of skew, only these: {', '.join(SPLITS)}")  # fmt: skip
     add("--seeds", type=int, default=5, help="0, 1, ... (default: 5)")
     add("--lesser-seeds", type=int, default=3, help="of lesser controls (default: 3)")
     add("--epochs", type=int, help="of Phases 1 and 2 (digits: 30, full: 164, short: 4)")
     add("--core-epochs", type=int, help="of Phase 0 (digits, short: 12, full: --epochs)")
     add("--num-edges", type=int, default=9, help="(default: 9)")
     add("--model", default="", help="(digits: digits-cnn, full: resnet-32, short: resnet-8)")
+    add("--cuda-graphs", action="store_true", help="record training steps, on a GPU")
+    add("--bf16", choices=[*CHOICES], default="auto", help="(default: auto)")
+    add("--batch-clones", choices=[*CHOICES], default="auto", help="(default: auto)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--out", type=Path, default=Path("results/paper"), help="(default: ./results/paper)")
     add("--jobs", type=int, default=1, help="runs side by side (default: 1)")

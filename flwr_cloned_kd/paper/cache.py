@@ -33,9 +33,10 @@ DATA = ("dataset", "data_path", "image_key", "label_key")
 
 
 def key(run: Run) -> str:
-    """Hash what determines the records of a run: its description, the data, and the versions.
+    """Hash what determines the records of a run: its description, the data, and our version.
 
-    Not what rounds differently: the device, its number type and the number of threads.
+    What only rounds differently is left out: the device, its number type, the number of threads
+    and the version of PyTorch. The record of round 0 says on what a run was played.
     """
     return hashlib.sha256(_header(run).encode()).hexdigest()
 
@@ -170,7 +171,7 @@ def _work(run: Run, folder: Path) -> list[Record]:
 
 
 def _header(run: Run) -> str:
-    versions = {"flwr-cloned-kd": __version__, "torch": torch.__version__}
+    versions = {"flwr-cloned-kd": __version__}
     data = _data(*(getattr(run.settings, name) for name in DATA))
     return json.dumps({"run": describe(run), "data": data, "versions": versions}, sort_keys=True)
 

@@ -31,6 +31,7 @@ CEM: dict[str, Any] = {"variant": "CEM", **PAPER}
 CEP: dict[str, Any] = {"variant": "CEP", **PAPER}
 CPP: dict[str, Any] = {"variant": "CPP", **PAPER}
 PRACTICAL: dict[str, Any] = {"variant": "CEM", "preset": "practical"}
+UNSELECTIVE: dict[str, Any] = {"variant": "CEM", "preset": "unselective"}
 
 
 def _all(base: Settings) -> int:
@@ -51,7 +52,7 @@ FEDAVG: dict[str, Any] = {**AVERAGE, "edges_per_round": _all, "num_rounds": _all
 FEDAVG_2: dict[str, Any] = {**FEDAVG, "num_rounds": 2}
 FEDPROX: dict[str, Any] = {"proximal_mu": 0.01}
 THREE: dict[str, Any] = {"edges_per_round": lambda base: min(3, base.num_edges)}
-FEDDF: dict[str, Any] = {"variant": "CPP", "preset": "practical", "edges_per_round": _all,
+FEDDF: dict[str, Any] = {"variant": "CPP", "preset": "unselective", "edges_per_round": _all,
                          "num_rounds": 2}  # fmt: skip
 NO_EDGES: dict[str, Any] = {"variant": "CPP", "edge_data": "none", "kd_weight": 0.0}
 
@@ -63,6 +64,7 @@ def _skewed(alpha: float) -> dict[str, Any]:
 CONTROLS = [
     Control("methods", "CEM, practical (ours)", PRACTICAL),
     Control("methods", "CPM, practical: 1 clone", {**PRACTICAL, "variant": "CPM"}),
+    Control("methods", "CEM, unselective", UNSELECTIVE),
     Control("methods", "CEM, paper", CEM),
     Control("methods", "CPP, paper", CPP),
     Control("baselines", "keep the clone", AVERAGE),
@@ -86,7 +88,8 @@ CONTROLS = [
     Control("baselines", "average, then distil (FedDF), 2 rounds", FEDDF),
     Control("without edges", "core only", CPP, after=0),
     Control("without edges", "core only, R restarts", {**NO_EDGES, **PAPER}),
-    Control("without edges", "core only, R restarts, lr / 5", {**NO_EDGES, "preset": "practical"}),
+    Control("without edges", "core only, R restarts, lr / 5",
+            {**NO_EDGES, "preset": "unselective"}),
     Control("without edges", "self-distillation (edge data = core data)",
             {**CEM, "edge_data": "core"}),
     Control("without edges", "all data central", {"central": True, "core_epochs": _epochs(1)}),

@@ -21,6 +21,7 @@ from .seeds import (
     over_seeds,
     spread,
 )
+from .skew import BETWEEN, plan_skew, reduce_skew
 
 
 class Figure(NamedTuple):
@@ -162,17 +163,26 @@ def reduce_controls(results: Results) -> Summary:
     return found
 
 
-def choose(name: str, plan: Plan, rows: Sequence[str]) -> Plan:
+def choose(name: str, plan: Plan, rows: Sequence[str], splits: Sequence[str] = ()) -> Plan:
     """Keep the named rows of a figure's plan; none named keeps all.
+
+    Rows of "skew" are named by their method; `splits` keeps those of some splits.
 
     Raises:
         ValueError: for a row that is not there, or a figure whose rows are read together.
     """
     if rows and not FIGURES[name].apart:
         raise ValueError(f"--rows: {name} needs all its rows")
-    if unknown := [row for row in rows if row not in plan]:
-        raise ValueError(f"--rows: expected some of {'; '.join(plan)}; got {unknown[0]!r}")
-    return {row: plan[row] for row in plan if row in rows or not rows}
+    names = {row: row.partition(BETWEEN)[0] for row in plan}
+    if unknown := [row for row in rows if row not in names.values()]:
+        known = "; ".join(dict.fromkeys(names.values()))
+        raise ValueError(f"--rows: expected some of {known}; got {unknown[0]!r}")
+    return {
+        row: runs
+        for row, runs in plan.items()
+        if (not rows or names[row] in rows)
+        and (name != "skew" or not splits or row.partition(BETWEEN)[2] in splits)
+    }
 
 
 FIGURES = {
@@ -183,4 +193,5 @@ FIGURES = {
     "fig8": Figure("Noisy edges and guards", plan_noise, reduce_noise, apart=False),
     "fig9": Figure("On the edges' own data", _methods("CPP", "CEM", OURS), reduce_own),
     "controls": Figure("Baselines and controls", plan_controls, reduce_controls),
+    "skew": Figure("Even and skewed edges", plan_skew, reduce_skew),
 }

@@ -13,6 +13,7 @@ from matplotlib_venn.layout.venn2 import DefaultLayoutAlgorithm
 from .experiments import LAG
 from .noise import NOISE, NOISY_ROUNDS
 from .seeds import OURS
+from .skew import BETWEEN
 
 Data = dict[str, Any]
 
@@ -300,6 +301,25 @@ def draw_controls(result: Data) -> Figure:
     return figure
 
 
+def draw_skew(result: Data) -> Figure:
+    """Draw a panel for each split: every method as a row, with its bytes."""
+    splits = list(dict.fromkeys(found["split"] for found in result.values()))
+    methods = list(dict.fromkeys(found["method"] for found in result.values()))
+    figure = page(1.2 + 0.24 * len(methods), 3.0 + 2.4 * len(splits))
+    panels = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
+    for axes, split in zip(panels, splits):
+        for row, method in enumerate(methods):
+            found = result.get(f"{method}{BETWEEN}{split}")
+            if found is not None:
+                colour = BLUE if method.startswith("ours") else BLACK
+                _dots(axes, -row, found["final"], color=colour, marker="o", markersize=4)
+        axes.set_title(split, fontsize=10)
+        axes.set_xlabel("last core accuracy", fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks([-row for row in range(len(methods))], methods, fontsize=8)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[Data], Figure]] = {
     "fig4": draw_venn,
     "fig5": draw_variants,
@@ -308,4 +328,5 @@ DRAWINGS: dict[str, Callable[[Data], Figure]] = {
     "fig8": draw_noise,
     "fig9": draw_own,
     "controls": draw_controls,
+    "skew": draw_skew,
 }

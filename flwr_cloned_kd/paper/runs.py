@@ -13,10 +13,11 @@ from ..core import Core, CoreState, edge_seed, train_edge
 from ..data import Dataset, take
 from ..engine import accuracy, predict
 from ..ensemble import Ensemble, StateDict, clone
-from ..experiment import build_core, edge_recipe, load, split
+from ..experiment import build_core, edge_recipe, load, phase_2, split
 from ..recipe import fold_in
+from ..report import hardware
 from ..settings import Settings
-from ..variants import VARIANTS, Send, independent
+from ..variants import SELECTIONS, START_RULES, VARIANTS, Send, independent
 
 Record = dict[str, Any]
 """What one round did, ready for JSON; round 0 is Phase 0. Accuracies are fractions in [0, 1]."""
@@ -28,7 +29,8 @@ class Run:
 
     Args:
         settings: data, model, variant, preset, recipes, noise, guard and seed.
-        distillation: fields of `Distillation` that differ from the preset's.
+        distillation: fields of `Distillation` that differ from the preset's; functions by the
+            names that they have in `SELECTIONS` and `START_RULES`.
         combine: "distill" (Phase 2) or "average" (the clones, weighted by their images; with one
             edge a round this keeps the clone, with all it is FedAvg).
         mix: share of an average in the new core, above 0 to 1: FedAsync's alpha with one edge a
@@ -92,7 +94,17 @@ def describe(run: Run) -> dict[str, Any]:
     found["order"] = [list(visit) for visit in run.order]
     for name in NOT_READ:
         del found["settings"][name]
+    # What Phase 2 does counts, and not the name of its preset, which may come to mean another.
+    del found["settings"]["preset"]
+    found["distillation"] = _describe_phase_2(run)
     return found
+
+
+def _describe_phase_2(run: Run) -> dict[str, Any]:
+    chosen = replace(phase_2(run.settings), **_with_functions(run.distillation))
+    fields = {name: value for name, value in vars(chosen).items() if name != "recipe"}
+    named = {n: value.__name__ if callable(value) else value for n, value in fields.items()}
+    return {"lr": chosen.recipe.lr, **named}
 
 
 @dataclass(frozen=True)
@@ -131,12 +143,18 @@ def play(run: Run, progress: Progress | None = None) -> Iterator[tuple[Record, P
             images *= 2  # the second model, which is sent, had its own Phase 0
         record = {"round": 0, "core-accuracy": core.held_out_accuracy(state.params),
                   "train-accuracy": state.train_accuracy[0], "accepted": 1.0, "images": images,
-                  "bytes-down": 0, "bytes-up": 0}  # fmt: skip
+                  "bytes-down": 0, "bytes-up": 0, "played-on": _machine(core)}  # fmt: skip
         progress = Progress(0, state, (state.params,), torch.zeros(0, dtype=torch.bool))
         yield record, progress
     for server_round in range(progress.server_round + 1, run.num_rounds + 1):
         record, progress = _round(run, stage, progress)
         yield {"round": server_round} | record, progress
+
+
+def _machine(core: Core) -> str:
+    """Name the processor that trains, and the version of PyTorch."""
+    found = hardware(core.runtime.target)
+    return f"{found['gpu'] or found['cpu']}, torch {torch.__version__}"
 
 
 def _stage(run: Run) -> _Stage:
@@ -147,10 +165,20 @@ def _stage(run: Run) -> _Stage:
     core = replace(
         core,
         dataset=train if run.central else take(train, rows),
-        distillation=replace(core.distillation, **run.distillation),
+        distillation=replace(core.distillation, **_with_functions(run.distillation)),
         runtime=replace(core.runtime, log=None),
     )
     return _Stage(core, train, test, parts, VARIANTS[settings.variant].init(core))
+
+
+def _with_functions(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace the names of functions, which JSON can hold, by the functions."""
+    found = dict(fields)
+    if "selection" in found:
+        found["selection"] = SELECTIONS[found["selection"]]
+    if isinstance(found.get("student_start"), str):
+        found["student_start"] = START_RULES[found["student_start"]]
+    return found
 
 
 def _round(run: Run, stage: _Stage, before: Progress) -> tuple[Record, Progress]:

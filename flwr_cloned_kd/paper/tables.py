@@ -5,6 +5,7 @@ from typing import Any
 
 from .experiments import LAG
 from .noise import GUARD_SCORES
+from .skew import BETWEEN
 
 Data = dict[str, Any]
 Rows = Iterable[list[str]]
@@ -112,6 +113,27 @@ def _controls(result: Data) -> tuple[list[str], Rows]:
     )
 
 
+def _skew(result: Data) -> tuple[list[str], Rows]:
+    splits = list(dict.fromkeys(found["split"] for found in result.values()))
+    methods = dict.fromkeys(found["method"] for found in result.values())
+    head = ["last core (mean of the rounds; largest fall in a round)", *splits, "MB", "images, k"]
+
+    def cell(method: str, split: str) -> str:
+        found = result.get(f"{method}{BETWEEN}{split}")
+        if found is None:
+            return NONE
+        rounds = f"({found['mean of rounds']['mean']:.3f}; {found['worst drop']:.3f})"
+        return f"{_spread(found['final'])} {rounds}"
+
+    def one(method: str) -> Data:
+        return next(found for found in result.values() if found["method"] == method)
+
+    return head, (
+        [method, *(cell(method, split) for split in splits), *_cost(one(method))]
+        for method in methods
+    )
+
+
 TABLES: dict[str, Callable[[Data], tuple[list[str], Rows]]] = {
     "fig4": _venn,
     "fig5": _variants,
@@ -120,4 +142,5 @@ TABLES: dict[str, Callable[[Data], tuple[list[str], Rows]]] = {
     "fig8": _noise,
     "fig9": _own,
     "controls": _controls,
+    "skew": _skew,
 }
