@@ -65,13 +65,3 @@ def retained(knowledge: Knowledge) -> float:
         if knowledge.moved(share) >= max(share**2, MIN_RETAINED) * before:
             return share
     return 0.0
-
-
-def half_retained(knowledge: Knowledge) -> float:
-    """Move as far as the moved core keeps half of what the core knows."""
-    before = knowledge.moved(0.0)
-    for step in range(START_STEPS, 0, -1):
-        share = step / START_STEPS
-        if knowledge.moved(share) >= MIN_RETAINED * before:
-            return share
-    return 0.0

@@ -10,7 +10,6 @@ from .knowledge import (
     StartRule,
     correct,
     ensemble_share,
-    half_retained,
     label_probability,
     retained,
 )
@@ -106,9 +105,5 @@ SELECTIONS: dict[str, Selection | None] = {
 }
 """Which samples a teacher teaches, by name."""
 
-START_RULES: dict[str, StartRule] = {
-    "retained": retained,
-    "half-retained": half_retained,
-    "ensemble-share": ensemble_share,
-}
+START_RULES: dict[str, StartRule] = {"retained": retained, "ensemble-share": ensemble_share}
 """Rules for the student's start, by name."""

@@ -28,7 +28,6 @@ METHODS: dict[str, tuple[dict[str, Any], int | None]] = {
     "first core": (CPP, 0),
     "ours": (PRACTICAL, None),
     "ours, 1 clone": ({**PRACTICAL, **ONE_CLONE}, None),
-    "half retained": ({**PRACTICAL, "distillation": {"student_start": "half-retained"}}, None),
     "ours without teachers": ({**PRACTICAL, "kd_weight": 0.0}, None),
     "ours without teachers, 1 clone": ({**PRACTICAL, **ONE_CLONE, "kd_weight": 0.0}, None),
     "unselective": (UNSELECTIVE, None),
