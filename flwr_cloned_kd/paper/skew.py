@@ -50,22 +50,38 @@ METHODS: dict[str, tuple[dict[str, Any], int | None]] = {
 }
 """Row -> what differs from the base settings, and after how many rounds the core is read."""
 
+
+def _ours_but(**fields: Any) -> tuple[dict[str, Any], int | None]:
+    return {**PRACTICAL, "distillation": fields}, None
+
+
+ABLATIONS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "ours, every sample": _ours_but(selection="all"),
+    "ours, by the label's probability": _ours_but(selection="label-probability"),
+    "ours, start at the core": _ours_but(student_start=0.0),
+    "ours, start at the clones' mean": _ours_but(student_start=1.0),
+    "ours, start by the ensemble's share": _ours_but(student_start="ensemble-share"),
+    "ours, the core does not teach": _ours_but(core_as_teacher=False),
+    "ours, temperature 4": _ours_but(temperature=4.0),
+}
+"""Our preset with one thing changed; played with the lesser number of seeds."""
+
 BETWEEN = " | "
 
 
 def plan_skew(base: Settings, seeds: int, lesser: int) -> Plan:
-    """Every method on every split, on the same seeds."""
+    """Every method on every split, on the same seeds; what our preset is made of on fewer."""
     return {
         f"{method}{BETWEEN}{split}": over_seeds(
             base,
-            seeds,
+            lesser if method in ABLATIONS else seeds,
             **{
                 name: value(base) if callable(value) else value
                 for name, value in (changes | skew).items()
             },
         )
         for split, skew in SPLITS.items()
-        for method, (changes, _) in METHODS.items()
+        for method, (changes, _) in (METHODS | ABLATIONS).items()
     }
 
 
@@ -74,7 +90,7 @@ def reduce_skew(results: Results) -> Summary:
     found: Summary = {}
     for name, runs in results.items():
         method, split = name.split(BETWEEN)
-        after = METHODS[method][1]
+        after = (METHODS | ABLATIONS)[method][1]
         stop = len(runs[0]) if after is None else 1 + after
         cores = [[core_accuracy(record) for record in records[:stop]] for records in runs]
         found[name] = {
