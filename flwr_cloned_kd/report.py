@@ -150,8 +150,18 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
     """Lay out every round of cloned KD, or of whatever else ran."""
     table = Table(title="Rounds")
     table.add_column("strategy")
-    columns = ("round", "edge", "edge acc.", "ensemble", "core acc.", "consensus", "kB down",
-               "kB up", "seconds")  # fmt: skip
+    columns = (
+        "round",
+        "edge",
+        "edge acc.",
+        "ensemble",
+        "knows",
+        "start",
+        "core acc.",
+        "consensus",
+        "kB",
+        "seconds",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
@@ -162,10 +172,11 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
             escape(str(row["edge"])),  # a name that an edge has given itself
             _number(row, "edge-accuracy"),
             _number(row, "ensemble-accuracy"),
+            _number(row, "known"),
+            _number(row, "student-start"),
             core,
             _number(row, "consensus"),
-            f"{row['bytes-down'] / 1e3:.1f}",
-            f"{row['bytes-up'] / 1e3:.1f}",
+            f"{(row['bytes-down'] + row['bytes-up']) / 1e3:.1f}",
             f"{row['seconds']:.1f}",
         )
     return table

@@ -44,7 +44,8 @@ class Runtime:
         batch_clones: train all clones in one pass (True) or one by one (False). None: batched
             for a small model, below 50,000 parameters.
         cuda_graphs: replay a recorded step, clones one by one as parallel branches; GPUs only, and
-            not for a loss that reads `batch.epoch`. No GPU has run it yet.
+            not for a loss that reads `batch.epoch`. The bits are those of plain steps, and steps of
+            small models take a fifth of the time or less (docs/performance.md).
         target_bytes: most memory for the targets of teachers, kept from epoch to epoch and round
             to round; what does not fit is computed again. 0 keeps none.
         log: called with one line every few seconds of a long phase; None is silent.

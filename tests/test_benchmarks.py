@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import ROUNDING, distance, images, mlp
 
-from benchmarks import engine, machine, phase0
+from benchmarks import engine, machine, phase0, steps
 from benchmarks import reference as textbook
 from flwr_cloned_kd import (
     Core,
@@ -176,3 +176,20 @@ def test_an_unknown_row_of_phase_0_is_named(archive, capsys):
     with pytest.raises(SystemExit):
         phase0.main(["--data", str(archive), "--only", "cosine+nothing"])
     assert "got nothing" in capsys.readouterr().err
+
+
+def test_the_time_of_a_step_is_that_between_a_short_and_a_long_training(tmp_path):
+    path = tmp_path / "steps.json"
+    arguments = ["--device", "cpu", "--depths", "8", "--clones", "1", "--epochs", "1", "2"]
+    found = steps.main([*arguments, "--json", str(path)])
+    assert json.loads(path.read_text()) == found
+    (row,) = found["rows"]
+    assert (row["depth"], row["clones"]) == (8, 1)
+    assert row["milliseconds"].keys() == {"plain"}
+
+
+@pytest.mark.parametrize("epochs", [("2", "2"), ("0", "1")])
+def test_epochs_that_cannot_be_subtracted_are_refused(epochs, capsys):
+    with pytest.raises(SystemExit):
+        steps.main(["--epochs", *epochs])
+    assert "expected two numbers, 0 < short < long" in capsys.readouterr().err
