@@ -68,7 +68,7 @@ def test_the_cifar100_app_is_the_papers_setting():
         ({"noisy-edges": "3,9"}, "noisy-edges: expected partition ids below 9"),
         ({"noise-probability": 1.5}, "noise-probability: expected a fraction, 0 to 1, got 1.5"),
         ({"timeout": 0}, "timeout: expected above 0, got 0.0"),
-        ({"split": "sorted"}, "split: expected one of random, dirichlet"),
+        ({"split": "sorted"}, "split: expected one of random, dirichlet, one-class"),
         ({"device": "tpu9"}, "device: expected auto, cpu, cuda, .* got 'tpu9'"),
     ],
 )
