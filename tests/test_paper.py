@@ -344,6 +344,18 @@ def test_some_rows_are_the_same_rows(archive, tmp_path):
     assert some["CPP"] == every["CPP"]
 
 
+def test_stored_runs_are_summed_up_and_none_is_played(archive, tmp_path, capsys, monkeypatch):
+    arguments = ["fig9", "--dataset", "npz", "--data-path", str(archive), "--model", "digits-cnn",
+                 "--num-edges", "2", "--epochs", "1", "--out", str(tmp_path)]  # fmt: skip
+    assert main([*arguments, "--seeds", "2", "--stored"]) == 2
+    assert "--stored: expected finished runs of fig9 in " in capsys.readouterr().err
+    assert main([*arguments, "--seeds", "1", "--rows", "CPP"]) == 0
+    monkeypatch.setattr(cache, "play", None)
+    assert main([*arguments, "--seeds", "2", "--stored"]) == 0
+    data = json.loads((tmp_path / "fig9.json").read_text())
+    assert data["seeds"] == {"CPP": 1}
+
+
 def test_help_says_how_to_go_on(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

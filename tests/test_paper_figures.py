@@ -1,5 +1,6 @@
 """What is made of the records: hand-computed numbers, and a picture of everything."""
 
+import itertools
 import json
 import sys
 
@@ -13,7 +14,9 @@ from flwr_cloned_kd.paper.__main__ import main
 from flwr_cloned_kd.paper.controls import CONTROLS
 from flwr_cloned_kd.paper.experiments import FIGURES, plan_lag, reduce_lag
 from flwr_cloned_kd.paper.noise import guard_scores, plan_noise, roc
+from flwr_cloned_kd.paper.overview import COMPARED, OVER_ROUNDS
 from flwr_cloned_kd.paper.seeds import spread
+from flwr_cloned_kd.paper.skew import METHODS, SPLITS
 from flwr_cloned_kd.settings import Settings
 
 
@@ -139,7 +142,6 @@ def test_every_figure_comes_out(archive, tmp_path, monkeypatch):  # noqa: F811
         assert data["result"]
         assert (tmp_path / f"{name}.md").read_text().count("\n| ") >= 2 + len(some_rows(name, data))
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
     shared = {path.name for path in (tmp_path / "runs").iterdir()}
     assert not any(name.endswith(".safetensors") for name in shared)
 
@@ -152,12 +154,62 @@ def some_rows(name, data):
     return [row for row in data["result"] if "/roc/" not in row]
 
 
-def test_an_overview_names_the_row_it_lacks(archive, tmp_path, capsys):  # noqa: F811
-    for name in ("controls", "fig5", "fig7", "fig8"):
-        result = {"result": {}, "seeds": {"CPP": 1}, "dataset": "x", "settings": {"num_edges": 2}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    assert main(["overview", "--out", str(tmp_path)]) == 2
-    assert "expected the row 'IsPP' too" in capsys.readouterr().err
+def skew_of(*methods, n=2):
+    """Make a summary of `skew` as its JSON file holds it, with invented numbers."""
+    result = {}
+    for place, (method, split) in enumerate(itertools.product(methods, SPLITS)):
+        curve = {"rounds": [0, 1], "mean": [0.5, 0.7 - place / 100], "sd": [0.0, 0.01]}
+        result[f"{method} | {split}"] = {
+            "method": method,
+            "split": split,
+            "final": spread([0.7 - place / 100] * n),
+            "mean of rounds": spread([0.6] * n),
+            "worst drop": 0.0,
+            "core": curve,
+            "bytes": 1_000_000 * (1 + place % 3),
+            "images": 100,
+        }
+    settings = {"num_edges": 2, "model": "digits-cnn"}
+    seeds = dict.fromkeys(result, n)
+    return {"figure": "skew", "seeds": seeds, "settings": settings, "result": result}
+
+
+def overview_of(folder, digits, cifar100):
+    for name, data in (("digits", digits), ("cifar100", cifar100)):
+        (folder / name).mkdir()
+        (folder / name / "skew.json").write_text(json.dumps(data))
+    return main(["overview", "--results", str(folder), "--out", str(folder / "pictures")])
+
+
+def test_an_overview_is_drawn_of_two_datasets(tmp_path):
+    digits = skew_of(*OVER_ROUNDS, "FedAvg, 1 round", "FedAvg, R rounds")
+    assert overview_of(tmp_path, digits, skew_of("ours", "FedAvg, 1 round", n=1)) == 0
+    assert (tmp_path / "pictures" / "overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_overview_names_the_row_it_lacks(tmp_path, capsys):
+    digits = skew_of(*[method for method in OVER_ROUNDS if method != "unselective"])
+    assert overview_of(tmp_path, digits, skew_of("ours")) == 2
+    assert "expected the row 'unselective | IID' too" in capsys.readouterr().err
+
+
+def test_an_overview_names_the_row_that_the_other_dataset_lacks(tmp_path, capsys):
+    assert overview_of(tmp_path, skew_of(*OVER_ROUNDS), skew_of("unselective")) == 2
+    assert "expected the row 'ours | IID' too" in capsys.readouterr().err
+
+
+def test_methods_of_skew_that_are_compared_exist():
+    compared = {method for methods in COMPARED.values() for method in methods}
+    assert compared | {*OVER_ROUNDS} <= METHODS.keys()
+
+
+def test_a_picture_of_skew_has_a_row_for_each_method_and_its_bytes(tmp_path):
+    result = skew_of("first core", "ours", "CEM, paper")["result"]
+    del result["CEM, paper | one class"]
+    panels = figures.draw_skew(result).axes
+    assert [panel.get_title().split("\n")[0] for panel in panels] == [*SPLITS]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["ours", "CEM, paper"]
+    assert [text.get_text() for text in panels[-1].texts] == [" 2.00 MB", " 3.00 MB"]
 
 
 def test_rows_that_need_more_edges_are_left_out():
@@ -169,8 +221,10 @@ def test_rows_that_need_more_edges_are_left_out():
 
 
 def test_an_overview_says_what_it_lacks(tmp_path, capsys):
-    assert main(["overview", "--out", str(tmp_path)]) == 2
-    assert "fig5.json; run fig5, controls, fig8, fig7 first" in capsys.readouterr().err
+    assert main(["overview", "--results", str(tmp_path)]) == 2
+    missing = tmp_path / "digits"
+    expected = f"expected {missing / 'skew.json'}; run skew --out {missing} first"
+    assert expected in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_numbers_are_still_written(archive, tmp_path, monkeypatch, capsys):  # noqa: F811

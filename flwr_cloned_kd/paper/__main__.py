@@ -18,11 +18,14 @@ from ..report import write_atomically
 from ..settings import CHOICES, Settings
 from .cache import all_records, key, stored
 from .experiments import FIGURES, choose
+from .page import rewrite
 from .seeds import Plan, Results
 from .skew import SPLITS
 from .tables import table
 
-OVERVIEW = ("fig5", "controls", "fig8", "fig7")
+OVERVIEW = ("digits", "cifar100")
+"""The datasets whose `skew` is drawn for the README."""
+
 NO_PICTURE = 'No picture: it needs matplotlib, pip install "flwr-cloned-kd[plots]"'
 EPILOG = """\
 Results go to OUT/FIGURE.json, .md (a table) and .png. Rounds are kept under OUT/runs by the hash of
@@ -32,6 +35,9 @@ what determines them: the same command again goes on where it was interrupted; f
   python -m flwr_cloned_kd.paper all --dataset npz --data-path cifar100.npz --seeds 3
   python -m flwr_cloned_kd.paper fig5 --dataset npz --data-path cifar100.npz --seeds 2 \\
       --schedule short --rows CPP IPP CEM practical      # hours on a CPU
+  python -m flwr_cloned_kd.paper skew --out docs/results/digits
+  python -m flwr_cloned_kd.paper overview --results docs/results --out docs/figures
+  python -m flwr_cloned_kd.paper page --results docs/results --page docs/results.md
 """
 SHORT = {"model": "resnet-8", "core_epochs": 12, "epochs": 4}
 """--schedule short: what a CPU does of CIFAR-100 in hours; the paper's schedule takes it months."""
@@ -40,6 +46,10 @@ SHORT = {"model": "resnet-8", "core_epochs": 12, "epochs": 4}
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(arguments)
+    if options.figure == "page":
+        return rewrite(options.page, options.results)
+    if options.figure == "overview":
+        return overview(options.results, options.out)
     names = [name for name in FIGURES if options.figure in (name, "all")]
     try:
         for name in ("seeds", "lesser_seeds", "jobs", "threads", "epochs", "core_epochs"):
@@ -57,14 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for name in names
         }
+        if options.stored:
+            folder = options.out / "runs"
+            plans = {name: finished(name, plan, folder) for name, plan in plans.items()}
     except (ValueError, OSError, ImportError) as error:
         print(str(error).replace("run-config ", "--"), file=sys.stderr)
         return 2
     for name, plan in plans.items():
         results = play_all(name, plan, options)
         write(name, base, plan, results, options.out)
-    if options.figure in ("overview", "all"):
-        return overview(options.out)
     return 0
 
 
@@ -92,6 +103,22 @@ def base_settings(options: argparse.Namespace) -> Settings:
         batch_clones=options.batch_clones,
         compile="auto",
     )
+
+
+def finished(name: str, plan: Plan, folder: Path) -> Plan:
+    """Keep the runs of a figure whose records are all on disk, and the rows that have any.
+
+    Raises:
+        ValueError: if there is no such run, or one is missing of a figure that needs every row.
+    """
+    kept = {
+        row: [run for run in runs if len(stored(run, folder)) == 1 + run.num_rounds]
+        for row, runs in plan.items()
+    }
+    kept = {row: runs for row, runs in kept.items() if runs}
+    if not kept or (kept != plan and not FIGURES[name].apart):
+        raise ValueError(f"--stored: expected finished runs of {name} in {folder}")
+    return kept
 
 
 def play_all(name: str, plan: Plan, options: argparse.Namespace) -> Results:
@@ -145,24 +172,26 @@ def played_on(results: Results) -> dict[str, int]:
     return dict(Counter(first.get("played-on", "unknown") for first in runs.values()))
 
 
-def overview(out: Path) -> int:
-    """Draw OUT/overview.png from the JSON files of four figures."""
+def overview(results: Path, out: Path) -> int:
+    """Draw OUT/overview.png from RESULTS/DATASET/skew.json of two datasets."""
     try:
         from .overview import draw_overview
 
-        found = {name: json.loads((out / f"{name}.json").read_text()) for name in OVERVIEW}
+        paths = {name: results / name / "skew.json" for name in OVERVIEW}
+        found = {name: json.loads(path.read_text()) for name, path in paths.items()}
     except FileNotFoundError as error:
-        print(f"overview: expected {error.filename}; run {', '.join(OVERVIEW)} first",
-              file=sys.stderr)  # fmt: skip
+        lacking = f"expected {error.filename}; run skew --out {Path(error.filename).parent} first"
+        print(f"overview: {lacking}", file=sys.stderr)
         return 2
     except ImportError:
         print(NO_PICTURE)
         return 0
     try:
+        out.mkdir(parents=True, exist_ok=True)
         draw_overview(found, out / "overview.png")
     except KeyError as error:
-        print(f"overview: expected the row {error} too; run its figure without --rows",
-              file=sys.stderr)  # fmt: skip
+        lacking = f"expected the row {error} too; run its figure without --rows"
+        print(f"overview: {lacking}", file=sys.stderr)
         return 2
     print(f"overview: {out / 'overview.png'}")
     return 0
@@ -177,7 +206,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("figure", choices=[*FIGURES, "overview", "all"], help="which experiment")
+    add(
+        "figure",
+        choices=[*FIGURES, "all", "overview", "page"],
+        help="which experiment; or the README's picture, or the numbers of a page",
+    )
     add("--dataset", choices=["digits", "cifar100", "npz"], default="digits")
     add("--data-path", default="", help="folder of cifar100, or the archive of npz")
     add("--schedule", choices=["full", "short"], default="full",
@@ -186,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only these rows of a figure, by their names in its JSON")  # fmt: skip
     add("--splits", nargs="+", default=[], choices=[*SPLITS], metavar="SPLIT",
         help=f"of skew, only these: {', '.join(SPLITS)}")  # fmt: skip
+    add("--stored", action="store_true", help="play nothing: sum up the runs that are finished")
     add("--seeds", type=int, default=5, help="0, 1, ... (default: 5)")
     add("--lesser-seeds", type=int, default=3, help="of lesser controls (default: 3)")
     add("--epochs", type=int, help="of Phases 1 and 2 (digits: 30, full: 164, short: 4)")
@@ -197,6 +231,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-clones", choices=[*CHOICES], default="auto", help="(default: auto)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--out", type=Path, default=Path("results/paper"), help="(default: ./results/paper)")
+    add(
+        "--results",
+        type=Path,
+        default=Path("docs/results"),
+        metavar="FOLDER",
+        help="of overview and page: DATASET/FIGURE.json are there (default: ./docs/results)",
+    )
+    add(
+        "--page",
+        type=Path,
+        default=Path("docs/results.md"),
+        metavar="FILE",
+        help="of page: whose numbers are rewritten (default: ./docs/results.md)",
+    )
     add("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     add("--threads", type=int, default=1, help="of PyTorch in each; more round differently")
     return parser

@@ -301,23 +301,80 @@ def draw_controls(result: Data) -> Figure:
     return figure
 
 
+LOOKS: dict[str, dict[str, Any]] = {
+    "ours without teachers": {"color": SKY, "marker": "*", "markersize": 8},
+    "ours": {"color": BLUE, "marker": "*", "markersize": 8},
+    "unselective": {"color": ORANGE, "marker": "s", "markersize": 5},
+    "CEM": {"color": VERMILION, "marker": "o", "markersize": 5},
+    "CPP": {"color": VERMILION, "marker": "o", "markersize": 5},
+    "keep": {"color": PURPLE, "marker": "^", "markersize": 6},
+    "FedAsync": {"color": GREEN, "marker": "X", "markersize": 6},
+    "FedAvg": {"color": BLACK, "marker": "D", "markersize": 5},
+    "FedProx": {"color": "0.45", "marker": "d", "markersize": 6},
+    "FedDF": {"color": "0.45", "marker": "v", "markersize": 6},
+}
+"""How the name of a method in `skew` begins -> colour and marker of its family."""
+
+
+def look_of(method: str) -> dict[str, Any]:
+    """Return the colour and the marker of a method in `skew`; the method `ours` stands out."""
+    other = {"color": BLACK, "marker": "o", "markersize": 5}
+    look = next((look for start, look in LOOKS.items() if method.startswith(start)), other)
+    return look | ({"markersize": 13} if method == "ours" else {})
+
+
+FIRST_CORE = "first core"
+"""The row that no edge has reached: far below all others, it is a number above the panel."""
+
+
 def draw_skew(result: Data) -> Figure:
-    """Draw a panel for each split: every method as a row, with its bytes."""
+    """Draw a panel for each split: every method as a row, with its bytes at the right."""
     splits = list(dict.fromkeys(found["split"] for found in result.values()))
-    methods = list(dict.fromkeys(found["method"] for found in result.values()))
-    figure = page(1.2 + 0.24 * len(methods), 3.0 + 2.4 * len(splits))
+    methods = [*dict.fromkeys(found["method"] for found in result.values())]
+    methods = [method for method in methods if method != FIRST_CORE]
+    figure = page(1.3 + 0.25 * len(methods), 3.5 + 2.3 * len(splits))
     panels = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
     for axes, split in zip(panels, splits):
         for row, method in enumerate(methods):
             found = result.get(f"{method}{BETWEEN}{split}")
             if found is not None:
-                colour = BLUE if method.startswith("ours") else BLACK
-                _dots(axes, -row, found["final"], color=colour, marker="o", markersize=4)
-        axes.set_title(split, fontsize=10)
-        axes.set_xlabel("last core accuracy", fontsize=9)
-        axes.grid(alpha=0.3)
-    panels[0].set_yticks([-row for row in range(len(methods))], methods, fontsize=8)
+                _dots(axes, row, found["final"], **look_of(method), zorder=3)
+        _rows_apart(axes, methods)
+        ours = result.get(f"ours{BETWEEN}{split}")
+        if ours is not None:
+            mean = ours["final"]["mean"]
+            axes.axvline(mean, color=BLUE, alpha=0.5, linewidth=0.9, linestyle="--", zorder=1)
+        first = result.get(f"{FIRST_CORE}{BETWEEN}{split}")
+        start = f"\nfirst core: {first['final']['mean']:.3f}" if first else ""
+        axes.set_title(f"{split}{start}", fontsize=10)
+        axes.set_xlabel("last core accuracy; dots: seeds", fontsize=9)
+        axes.grid(alpha=0.3, axis="x")
+        axes.tick_params(axis="x", labelsize=8)
+    panels[0].set_yticks(range(len(methods)), methods, fontsize=9)
+    panels[0].set_ylim(len(methods) - 0.4, -0.6)  # the first row is the top one
+    for label in panels[0].get_yticklabels():
+        if label.get_text() == "ours":
+            label.set(color=BLUE, fontweight="bold")
+    for row, method in enumerate(methods):
+        paid = next(found["bytes"] for found in result.values() if found["method"] == method)
+        _beside(panels[-1], row, f"{paid / 1e6:5.2f} MB")
     return figure
+
+
+def _rows_apart(axes: Axes, methods: list[str]) -> None:
+    """Shade the row of `ours`, and draw a line between two families of methods."""
+    for row, method in enumerate(methods):
+        if method == "ours":
+            axes.axhspan(row - 0.5, row + 0.5, color=BLUE, alpha=0.1, linewidth=0)
+        look, above = look_of(method), look_of(methods[row - 1])
+        if row and (look["color"], look["marker"]) != (above["color"], above["marker"]):
+            axes.axhline(row - 0.5, color="0.85", linewidth=0.8, zorder=0)
+
+
+def _beside(axes: Axes, row: float, text: str) -> None:
+    """Write a number at the right of a panel, next to one of its rows."""
+    place = axes.get_yaxis_transform()
+    axes.text(1.03, row, text, transform=place, fontsize=8, va="center", family="monospace")
 
 
 DRAWINGS: dict[str, Callable[[Data], Figure]] = {

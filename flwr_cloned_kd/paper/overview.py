@@ -1,114 +1,147 @@
-"""One picture for the README, drawn from the JSON files of four figures."""
+"""One picture for the README, drawn from `skew` on two datasets."""
 
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-from .figures import (
-    BLACK,
-    BLUE,
-    DOTS_PER_INCH,
-    GREEN,
-    NOISE_LINES,
-    ORANGE,
-    PAPER_LAG,
-    PURPLE,
-    SKY,
-    VERMILION,
-    Data,
-    band,
-    page,
-    rounds_axis,
-    style_of,
+from .figures import DOTS_PER_INCH, Data, band, look_of, page, rounds_axis
+from .skew import BETWEEN
+
+OVER_ROUNDS = (
+    "ours",
+    "ours without teachers",
+    "unselective",
+    "CEM, paper",
+    "keep the clone",
+    "FedAsync",
 )
-from .seeds import OURS
+"""Methods that ask one edge a round, so that their rounds can share an axis."""
 
-AT_WHAT_COST = {
-    "CEM, practical (ours)": ("ours", BLUE, "*", -3),
-    "CPM, practical: 1 clone": ("ours, 1 clone", BLUE, "*", -3),
-    "CEM, paper": ("CEM", SKY, "D", -3),
-    "CPP, paper": ("CPP", VERMILION, "o", -10),
-    "keep the clone": ("keep the clone", PURPLE, "^", 4),
-    "FedAsync, alpha 0.6": ("FedAsync", ORANGE, "X", -3),
-    "FedBuff, K 3, lr 0.5": ("FedBuff", ORANGE, "P", -3),
-    "FedAvg, 1 round": ("FedAvg, 1 round", BLACK, "s", -13),
-    "FedAvg, 2 rounds": ("FedAvg, 2 rounds", BLACK, "s", -12),
-    "FedAvg, R rounds": ("FedAvg, 9 rounds", BLACK, "s", -3),
-    "average, then distil (FedDF), 1 round": ("FedDF, 1 round", GREEN, "v", -3),
-    "average, then distil (FedDF), 2 rounds": ("FedDF, 2 rounds", GREEN, "v", -3),
+COMPARED = {
+    "ours": ("ours", "ours, 1 clone"),
+    "ours without teachers": ("ours without teachers", "ours without teachers, 1 clone"),
+    "unselective": ("unselective", "unselective, 1 clone"),
+    "paper: CEM, CPP": ("CEM, paper", "CPP, paper"),
+    "keep the clone": ("keep the clone",),
+    "FedAsync": ("FedAsync",),
+    "FedAvg": ("FedAvg, 1 round", "FedAvg, 2 rounds", "FedAvg, R rounds"),
+    "FedDF": ("FedDF, 1 round", "FedDF, 2 rounds"),
 }
-"""Row of the controls -> its label, colour, marker, and how far up the label stands, in points."""
+"""Family -> its methods in `skew`; those that a dataset has not are left out."""
+
+EVEN, SKEWED, VERY_SKEWED = "IID", "Dirichlet 0.3", "Dirichlet 0.1"
+BOTH = (EVEN, SKEWED)
+"""The splits that share a panel: filled markers for the first, open ones for the second."""
 
 
 def draw_overview(found: dict[str, Data], path: Path) -> None:
-    """Draw what a reader of the README wants to know, from the JSON files of four figures."""
-    figure = page(7.2, 10.5)
-    (learning, price), (noise, lag) = figure.subplots(2, 2)
-    variants, controls = found["fig5"]["result"], found["controls"]["result"]
-    for name in ("IsPP", "IPP", "CPP", "CEM", OURS):
-        band(learning, variants[name]["core"], **style_of(name))
-    rounds_axis(learning, "core accuracy", variants["CPP"]["core"]["rounds"][-1])
-    learning.set_title("(a) one edge a round, each asked once", fontsize=10)
-    learning.legend(fontsize=8, loc="lower right")
-    _price(price, controls)
-    lines = {"clean": NOISE_LINES["clean"], "accepted/1.0": NOISE_LINES["accepted/1.0"],
-             "drop/1.0": ("noisy, guard refuses", GREEN, "^", "--")}  # fmt: skip
-    for case, (label, colour, marker, line) in lines.items():
-        curve = found["fig8"]["result"][f"{OURS}/{case}"]["core"]
-        band(noise, curve, color=colour, marker=marker, linestyle=line, label=label)
-    rounds_axis(noise, "core accuracy", curve["rounds"][-1])
-    noise.set_title("(c) edges with shuffled labels, ours", fontsize=10)
-    noise.legend(fontsize=8, loc="lower right")
-    _gains(lag, found["fig7"]["result"])
-    drawn = [n for name in found for n in found[name]["seeds"].values()]
-    settings = found["fig5"]["settings"]
+    """Draw what a reader of the README wants to know, from `skew` on digits and on CIFAR-100.
+
+    Raises:
+        KeyError: for a row that is missing.
+    """
+    digits, images = found["digits"], found["cifar100"]
+    figure = page(8.4, 11.0)
+    (even, skewed), (price, cifar) = figure.subplots(2, 2)
+    _curves(even, digits["result"], EVEN)
+    even.set_title("(a) digits, even edges (IID)", fontsize=10)
+    _curves(skewed, digits["result"], VERY_SKEWED)
+    skewed.set_title("(b) digits, skewed edges (Dirichlet 0.1)", fontsize=10)
+    first = _room_for_the_later_rounds(even, digits["result"], EVEN)
+    even.legend(fontsize=8, loc="lower right", title=f"round 0: {first:.3f}", title_fontsize=8)
+    _price(price, digits["result"])
+    price.set_title(f"(c) digits, at what cost; filled: {EVEN}, open: {SKEWED}", fontsize=10)
+    _last(cifar, images["result"])
+    model = images["settings"]["model"]
+    cifar.set_title(f"(d) CIFAR-100, {model}, {_seeds(images['result'])}", fontsize=10)
     figure.suptitle(
-        f"{found['fig5']['dataset']}, {settings['num_edges']} edges: held-out accuracy, mean and "
-        f"standard deviation of {min(drawn)} to {max(drawn)} seeds",
+        f"{digits['settings']['num_edges']} edges, held-out accuracy, mean and standard deviation; "
+        f"digits: {_seeds(digits['result'])}",
         fontsize=11,
     )
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
-def _price(axes: Axes, controls: Data) -> None:
-    prices = set[float]()
-    for name, (label, colour, marker, up) in AT_WHAT_COST.items():
-        row = controls.get(name)
-        if row is None or not row["bytes"]:
-            continue
-        core, megabytes = row["core"], row["bytes"] / 1e6
-        size = 10 if marker == "*" else 6
-        axes.errorbar(megabytes, core["mean"], yerr=core["sd"], color=colour, marker=marker,
-                      capsize=3, markersize=size)  # fmt: skip
-        axes.annotate(label, (megabytes, core["mean"]), (8, up), textcoords="offset points",
-                      fontsize=8, color=colour)  # fmt: skip
-        prices.add(megabytes)
+def _seeds(result: Data) -> str:
+    """Say how many seeds the rows have that are drawn."""
+    drawn = {method for methods in COMPARED.values() for method in methods}
+    counts = {row["final"]["n"] for row in result.values() if row["method"] in drawn}
+    plural = "s" if max(counts, default=0) > 1 else ""
+    return f"{' to '.join(map(str, sorted({min(counts), max(counts)})))} seed{plural}"
+
+
+def _curves(axes: Axes, result: Data, split: str) -> None:
+    for method in OVER_ROUNDS:
+        width, above = (2.4, 4) if method == "ours" else (1.5, 3)
+        curve = result[f"{method}{BETWEEN}{split}"]["core"]
+        band(axes, curve, **look_of(method), label=method, linewidth=width, zorder=above)
+    rounds_axis(axes, "core accuracy", curve["rounds"][-1])
+
+
+def _room_for_the_later_rounds(axes: Axes, result: Data, split: str) -> float:
+    """Cut off the first core, which would take most of the panel; returns its accuracy."""
+    curves = [result[f"{method}{BETWEEN}{split}"]["core"]["mean"] for method in OVER_ROUNDS]
+    later = [accuracy for curve in curves for accuracy in curve[1:]]
+    axes.set_ylim(bottom=min(later) - 0.8 * (max(later) - min(later)))  # and room for the legend
+    return float(curves[0][0])
+
+
+def _price(axes: Axes, result: Data) -> None:
+    """Draw accuracy against bytes; families stand side by side where their bytes are equal."""
+    prices, handles = set[float](), []
+    for place, (family, methods) in enumerate(COMPARED.items()):
+        aside = 1.05 ** (place - (len(COMPARED) - 1) / 2)
+        look = look_of(methods[-1])
+        handles.append(Line2D([], [], **look, linestyle="none", label=family))
+        for method in methods:
+            rows = [result.get(f"{method}{BETWEEN}{split}") for split in BOTH]
+            for row, face in zip(rows, (look["color"], "white")):
+                if row is not None:
+                    megabytes = row["bytes"] / 1e6
+                    prices.add(megabytes)
+                    axes.plot(aside * megabytes, row["final"]["mean"], **look, markerfacecolor=face)
+            means = [row["final"]["mean"] for row in rows if row is not None]
+            if means:
+                axes.vlines(
+                    aside * megabytes,
+                    min(means),
+                    max(means),
+                    color=look["color"],
+                    linewidth=0.8,
+                    alpha=0.6,
+                    zorder=1,
+                )
     axes.set_xscale("log")
-    axes.set_xlim(right=2.2 * max(prices, default=1.0))  # room for the labels
     axes.set_xticks(sorted(prices), [f"{price:.3g}" for price in sorted(prices)])
     axes.minorticks_off()
     axes.set_xlabel("megabytes exchanged, down and up")
     axes.set_ylabel("last core accuracy")
-    axes.grid(alpha=0.3)
-    axes.set_title("(b) at what cost", fontsize=10)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(handles=handles, fontsize=8, loc="lower right")
 
 
-def _gains(axes: Axes, lag: Data) -> None:
-    """Draw what a late and a timely answer add to one omitted, in points."""
-    paper = {case: PAPER_LAG[case] - PAPER_LAG["omitted"] for case in ("late", "normal")}
-    for row, case in enumerate(paper):
-        for method, shift in (("CPP", 0.0), (OURS, -0.18)):
-            gain, style = lag[f"{method} {case}"]["gain"], style_of(method)
-            axes.errorbar(100 * gain["mean"], row + shift, xerr=100 * gain["sd"], capsize=3,
-                          color=style["color"], marker=style["marker"], markersize=8,
-                          linestyle="none", label=style["label"] if row == 0 else None)  # fmt: skip
-        label = "paper, CIFAR-100" if row == 0 else None
-        axes.plot(100 * paper[case], row + 0.18, "o", color=BLACK, markerfacecolor="white",
-                  label=label)  # fmt: skip
-    axes.axvline(0, color="0.6", linewidth=1)
-    axes.set_yticks((0, 1), ("used late", "in time"))
-    axes.set_ylim(-1.1, 1.5)
-    axes.set_xlabel("points of accuracy over omitting the answer")
+def _last(axes: Axes, result: Data) -> None:
+    """Draw the last core of every method as a row, both splits in it."""
+    wanted = [method for methods in COMPARED.values() for method in methods]
+    methods = [
+        method for method in wanted if method == "ours" or f"{method}{BETWEEN}{EVEN}" in result
+    ]
+    for row, method in enumerate(methods):
+        look = look_of(method)
+        for split, face in zip(BOTH, (look["color"], "white")):
+            last = result[f"{method}{BETWEEN}{split}"]["final"]
+            error = last["sd"] if last["n"] > 1 else None
+            axes.errorbar(
+                last["mean"],
+                row,
+                xerr=error,
+                **look,
+                markerfacecolor=face,
+                elinewidth=1,
+                capsize=2.5,
+            )
+    axes.set_yticks(range(len(methods)), methods, fontsize=9)
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    axes.set_xlabel(f"last core accuracy; filled: {EVEN}, open: {SKEWED}")
     axes.grid(alpha=0.3)
-    axes.set_title("(d) the second of two edges answers late", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")

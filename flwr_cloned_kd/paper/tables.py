@@ -1,6 +1,6 @@
 """The numbers of every figure as a Markdown table, a JSON-like dict to text."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from .experiments import LAG
@@ -9,24 +9,85 @@ from .skew import BETWEEN
 
 Data = dict[str, Any]
 Rows = Iterable[list[str]]
+Make = Callable[[Data], tuple[list[str], Rows]]
+"""A figure's result -> the headings of the columns, and the rows."""
 
 NONE = "-"
+SEEDS = "seeds"
 
 
 def table(data: Data) -> str:
-    """Return one figure's result, as its JSON file holds it, as Markdown."""
+    """Return one figure's result, as its JSON file holds it, as Markdown with a title."""
     settings, counts = data["settings"], sorted(set(data["seeds"].values()))
-    head, rows = TABLES[data["figure"]](data["result"])
-    lines = [head, ["---"] * len(head), *rows]
-    return (
+    title = (
         f"{data['title']}: {data['dataset']}, {settings['model']}, mean ± sample standard "
-        f"deviation of {' or '.join(map(str, counts))} seeds\n\n"
-        + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        f"deviation of {' or '.join(map(str, counts))} seeds"
     )
+    return "\n".join([f"{title}\n", *(bare(data, part) for part in TABLES[data["figure"]])])
+
+
+def bare(data: Data, part: str = "", rows: Sequence[str] = (), columns: Sequence[str] = ()) -> str:
+    """Return one table of a figure's result as Markdown, without a title.
+
+    Args:
+        data: what the figure's JSON file holds.
+        part: one of the figure's tables in `TABLES`; "" is the first.
+        rows: their names, in the wanted order; none keeps all. The first cell names a row, as does
+            any other cell without a heading.
+        columns: their headings; none keeps all. The first column, columns without a heading and
+            the seeds always stay.
+
+    Raises:
+        ValueError: for a part, a row or a column that is not there.
+    """
+    parts = TABLES[data["figure"]]
+    if part:
+        expect("part", part, parts)
+    make = parts[part or next(iter(parts))]
+    head, lines = make(data["result"])
+    naming = [i for i, heading in enumerate(head) if i == 0 or not heading]
+    known = dict.fromkeys(line[i] for line in lines for i in naming)
+    for row in rows:
+        expect("row", row, known)
+    for column in columns:
+        expect("column", column, head[1:])
+    head, lines = make(_shown(data["result"], rows, columns))
+    named = [([line[i] for i in naming], line) for line in lines]
+    for row in rows:
+        expect(
+            f"row with {'; '.join(columns)}", row, [name for names, _ in named for name in names]
+        )
+    wanted = [line for row in rows for names, line in named if row in names]
+    every = wanted if rows else [line for _, line in named]
+    kept = [
+        i
+        for i, name in enumerate(head)
+        if not columns or i == 0 or name in ("", SEEDS) or name in columns
+    ]
+    cells = [[line[i] for i in kept] for line in (head, ["---"] * len(head), *every)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def expect(what: str, name: str, known: Collection[str]) -> None:
+    """Raise a ValueError that lists what is known unless it contains a name."""
+    if name not in known:
+        raise ValueError(f"{what}: expected one of {'; '.join(known)}; got {name!r}")
+
+
+def _shown(result: Data, rows: Sequence[str], columns: Sequence[str]) -> Data:
+    """Drop methods and splits that a table leaves out: the seeds are counted of what it shows."""
+    splits = [found["split"] for found in result.values() if found.get("split") in columns]
+    return {
+        name: found
+        for name, found in result.items()
+        if (not rows or found.get("method", rows[0]) in rows)
+        and (not splits or found["split"] in splits)
+    }
 
 
 def _spread(found: Data, sign: str = "") -> str:
-    return f"{found['mean']:{sign}.3f} ± {found['sd']:.3f}"
+    mean = f"{found['mean']:{sign}.3f}"
+    return f"{mean} ± {found['sd']:.3f}" if found["n"] > 1 else mean
 
 
 def _differ(one: Data, other: Data) -> bool:
@@ -106,41 +167,65 @@ def _own(result: Data) -> tuple[list[str], Rows]:
 
 
 def _controls(result: Data) -> tuple[list[str], Rows]:
-    head = ["", "", "last core", "seeds", "MB", "thousands of images"]
+    head = ["", "", "last core", SEEDS, "MB", "thousands of images"]
     return head, (
         [found["group"], name, _spread(found["core"]), str(found["core"]["n"]), *_cost(found)]
         for name, found in result.items()
     )
 
 
-def _skew(result: Data) -> tuple[list[str], Rows]:
-    splits = list(dict.fromkeys(found["split"] for found in result.values()))
-    methods = dict.fromkeys(found["method"] for found in result.values())
-    head = ["last core (mean of the rounds; largest fall in a round)", *splits, "MB", "images, k"]
+def _by_split(what: str, cell: Callable[[Data], str], *, priced: bool = False) -> Make:
+    """Make a table with a row for each method, and a column for each split of the labels."""
 
-    def cell(method: str, split: str) -> str:
-        found = result.get(f"{method}{BETWEEN}{split}")
-        if found is None:
-            return NONE
-        rounds = f"({found['mean of rounds']['mean']:.3f}; {found['worst drop']:.3f})"
-        return f"{_spread(found['final'])} {rounds}"
+    def make(result: Data) -> tuple[list[str], Rows]:
+        splits = list(dict.fromkeys(found["split"] for found in result.values()))
+        methods = dict.fromkeys(found["method"] for found in result.values())
+        counts = {found["final"]["n"] for found in result.values()}
+        same = len(counts) == 1
+        seeds = f", {_plural(*counts)}" if same else ""
+        price = ["MB", "thousands of images"] if priced else []
+        rows = []
+        for method in methods:
+            found = [result.get(f"{method}{BETWEEN}{split}", {}) for split in splits]
+            rows.append(
+                [
+                    method,
+                    *(cell(one) if one else NONE for one in found),
+                    *([] if same else [_counts(found)]),
+                    *(_cost(next(filter(None, found))) if priced else []),
+                ]
+            )
+        return [f"{what}{seeds}", *splits, *([] if same else [SEEDS]), *price], rows
 
-    def one(method: str) -> Data:
-        return next(found for found in result.values() if found["method"] == method)
-
-    return head, (
-        [method, *(cell(method, split) for split in splits), *_cost(one(method))]
-        for method in methods
-    )
+    return make
 
 
-TABLES: dict[str, Callable[[Data], tuple[list[str], Rows]]] = {
-    "fig4": _venn,
-    "fig5": _variants,
-    "fig6": _consensus,
-    "fig7": _lag,
-    "fig8": _noise,
-    "fig9": _own,
-    "controls": _controls,
-    "skew": _skew,
+def _plural(count: int) -> str:
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def _counts(found: list[Data]) -> str:
+    """Write one number of seeds, or one for each split where they differ."""
+    counts = [str(one["final"]["n"]) if one else NONE for one in found]
+    return ", ".join(counts) if len({*counts} - {NONE}) > 1 else max(counts)
+
+
+def _fall(found: Data) -> str:
+    return f"{found['worst drop']:.3f}" if found["worst drop"] > 0 else "none"
+
+
+TABLES: dict[str, dict[str, Make]] = {
+    "fig4": {"all": _venn},
+    "fig5": {"all": _variants},
+    "fig6": {"all": _consensus},
+    "fig7": {"all": _lag},
+    "fig8": {"all": _noise},
+    "fig9": {"all": _own},
+    "controls": {"all": _controls},
+    "skew": {
+        "final": _by_split("last core", lambda found: _spread(found["final"]), priced=True),
+        "rounds": _by_split("mean over rounds", lambda found: _spread(found["mean of rounds"])),
+        "falls": _by_split("largest fall in a round", _fall),
+    },
 }
+"""Figure -> its tables by their names, the first one first."""
