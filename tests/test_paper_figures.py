@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_paper import archive  # noqa: F401
 
-from flwr_cloned_kd.paper import controls, experiments, figures
+from flwr_cloned_kd.paper import controls, experiments, figures, skew
 from flwr_cloned_kd.paper.__main__ import main
 from flwr_cloned_kd.paper.controls import CONTROLS
 from flwr_cloned_kd.paper.experiments import FIGURES, plan_lag, reduce_lag
@@ -136,6 +136,10 @@ def test_every_figure_comes_out(archive, tmp_path, monkeypatch):  # noqa: F811
     assert len(some) == len(SOME)
     for module in (controls, experiments):
         monkeypatch.setattr(module, "CONTROLS", some)
+    methods = {name: skew.METHODS[name] for name in ("ours", "keep the clone", "FedAvg, 1 round")}
+    monkeypatch.setattr(skew, "METHODS", methods)
+    ablations = {"ours, every sample": skew.ABLATIONS["ours, every sample"]}
+    monkeypatch.setattr(skew, "ABLATIONS", ablations)
     assert main(tiny("all", archive, tmp_path)) == 0
     for name in FIGURES:
         data = json.loads((tmp_path / f"{name}.json").read_text())
