@@ -132,7 +132,9 @@ def runtime(settings: Settings, device: str) -> Runtime:
 def phase_2(settings: Settings) -> Distillation:
     """Make the distillation: the preset, and what the settings change of it."""
     stop = Plateau(settings.plateau_patience) if settings.plateau_patience else None
-    chosen = PRESETS[settings.preset](recipe(settings, settings.distill_epochs, stop=stop))
+    augment = AUGMENTATIONS[settings.distill_augment or settings.augment]
+    shared = recipe(settings, settings.distill_epochs, stop=stop, augment=augment)
+    chosen = PRESETS[settings.preset](shared)
     lr = settings.distill_lr or chosen.recipe.lr
     return replace(
         chosen,

@@ -22,6 +22,7 @@ GUARDS = {"none": None, "jump": TrainAccuracyJump, "drop": TrainAccuracyDrop}
 CHOICES = {"auto": None, "on": True, "off": False}
 AUGMENTATIONS = {
     "none": None,
+    "shift": CropAndFlip(pad=1, flip=False),
     "crop": CropAndFlip(flip=False),
     "crop-and-flip": CropAndFlip(),
 }
@@ -45,7 +46,8 @@ class Settings:
         preset: "practical", "paper" or "unselective" (Phase 2).
         core_epochs, edge_epochs, distill_epochs: of Phases 0, 1 and 2.
         batch_size, lr, momentum, weight_decay: of all phases.
-        augment: of all phases: "none", "crop" or "crop-and-flip".
+        augment: of all phases: "none", "shift" (by at most a pixel), "crop" or "crop-and-flip".
+        distill_augment: of Phase 2 alone; "" takes `augment`.
         distill_lr, temperature: 0 takes the preset's.
         edge_accuracy_stop: Phase 1 ends at this training accuracy; 0 trains all epochs.
         plateau_patience: Phase 2 ends after so many epochs without progress; 0 trains all.
@@ -100,6 +102,7 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     augment: str = "none"
+    distill_augment: str = ""
     temperature: float = 0.0
     edge_accuracy_stop: float = 0.0
     plateau_patience: int = 0
@@ -155,6 +158,7 @@ class Settings:
         self._among("variant", tuple(VARIANTS))
         self._among("preset", tuple(PRESETS))
         self._among("augment", tuple(AUGMENTATIONS))
+        self._among("distill_augment", ("", *AUGMENTATIONS))
         self._among("guard", tuple(GUARDS))
         self._among("staleness_weight", STALENESS)
         for name in ("batch_clones", "bf16", "compile"):

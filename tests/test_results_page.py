@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
-def test_the_results_page_holds_the_numbers_of_the_committed_json():
-    page = (DOCS / "results.md").read_text()
+@pytest.mark.parametrize("path", [DOCS / "results.md", ROOT / "README.md"], ids=str)
+def test_a_page_holds_the_numbers_of_the_committed_json(path):
+    page = path.read_text()
     found = render(page, DOCS / "results")
-    assert found == page, "run `python -m flwr_cloned_kd.paper page`"
+    assert found == page, f"run `python -m flwr_cloned_kd.paper page --page {path.name}`"
 
 
 def entry(method, split, values, drop=0.0):

@@ -95,7 +95,8 @@ def describe(run: Run) -> dict[str, Any]:
     for name in NOT_READ:
         del found["settings"][name]
     # What Phase 2 does counts, and not the name of its preset, which may come to mean another.
-    del found["settings"]["preset"]
+    for name in ("preset", "distill_augment"):
+        del found["settings"][name]
     found["distillation"] = _describe_phase_2(run)
     return found
 
@@ -104,7 +105,9 @@ def _describe_phase_2(run: Run) -> dict[str, Any]:
     chosen = replace(phase_2(run.settings), **_with_functions(run.distillation))
     fields = {name: value for name, value in vars(chosen).items() if name != "recipe"}
     named = {n: value.__name__ if callable(value) else value for n, value in fields.items()}
-    return {"lr": chosen.recipe.lr, **named}
+    augment = run.settings.distill_augment
+    own = {"augment": augment} if augment not in ("", run.settings.augment) else {}
+    return {"lr": chosen.recipe.lr, **own, **named}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ SPLITS: dict[str, dict[str, Any]] = {
 """How labels are spread over the edges, the most even first. The core's part is always even."""
 
 ONE_CLONE: dict[str, Any] = {"variant": "CPM"}
+SHIFTED: dict[str, Any] = {"distill_augment": "shift"}
+"""Phase 2 sees the core's images moved by at most a pixel, the other phases see them unmoved."""
 FINE_TUNED: dict[str, Any] = {
     **UNSELECTIVE,
     "distillation": {"student_start": 0.6},
@@ -30,6 +32,8 @@ METHODS: dict[str, tuple[dict[str, Any], int | None]] = {
     "ours, 1 clone": ({**PRACTICAL, **ONE_CLONE}, None),
     "ours without teachers": ({**PRACTICAL, "kd_weight": 0.0}, None),
     "ours without teachers, 1 clone": ({**PRACTICAL, **ONE_CLONE, "kd_weight": 0.0}, None),
+    "ours, shifted views": ({**PRACTICAL, **SHIFTED}, None),
+    "ours without teachers, shifted views": ({**PRACTICAL, **SHIFTED, "kd_weight": 0.0}, None),
     "unselective": (UNSELECTIVE, None),
     "unselective, 1 clone": ({**UNSELECTIVE, **ONE_CLONE}, None),
     "CEM, paper": (CEM, None),
