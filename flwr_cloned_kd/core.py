@@ -140,8 +140,8 @@ class Core:
         before = state.memory_weights or (1.0,) * len(state.memory)
         memory = (*state.memory, edge)[-how.memory_size :]
         weights = (*before, weight)[-how.memory_size :]
-        found = self._predict(edge, "edge predictions: ")
         knowledge = self._knowledge(state.params, edge, sent)
+        answers = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
         share = self._share(knowledge)
         student = _student_start(self.model, state.params, edge, sent, share)
         targets = self._targets(state.params, memory, weights)
@@ -166,8 +166,8 @@ class Core:
             "known": knowledge.ensemble,
             "student-start": share,
         }
-        if found is not None and self.held_out is not None:
-            metrics |= _compare(self.predictions(params), found, self.held_out[1])
+        if answers is not None and self.held_out is not None:
+            metrics |= _compare(self.predictions(params), answers, self.held_out[1])
         if not accepted:
             return state, metrics
         history = (*state.train_accuracy, trained)
@@ -200,16 +200,14 @@ class Core:
             raise ValueError("held_out: expected a dataset, got None")
         return predict(self.model, clone(params, 1), self.held_out[0], runtime=self.runtime)[0]
 
-    def _predict(self, edge: Ensemble, what: str) -> Tensor | None:
-        inputs = (self.held_out or self.dataset)[0]
+    def _edge_logits(self, edge: Ensemble, inputs: Tensor) -> Tensor:
         logits = predict(self.model, edge, inputs, runtime=self.runtime)
-        check_finite({"logits": logits}, what)
-        return logits if self.held_out else None
+        check_finite({"logits": logits}, "edge predictions: ")
+        return logits
 
     def _knowledge(self, core: StateDict, edge: Ensemble, sent: StateDict | None) -> Knowledge:
         inputs, labels = self.dataset
-        logits = predict(self.model, edge, inputs, runtime=self.runtime)
-        check_finite({"logits": logits}, "edge predictions: ")
+        logits = self._edge_logits(edge, inputs)
         target = (logits / self.distillation.temperature).softmax(-1).mean(0)
 
         def moved(share: float) -> float:
