@@ -8,9 +8,10 @@ import pytest
 import torch
 from reference import ROUNDING, distance, images, mlp
 
-from benchmarks import engine, machine, phase0, steps
+from benchmarks import engine, machine, phase0, presets, steps
 from benchmarks import reference as textbook
 from flwr_cloned_kd import (
+    PRESETS,
     Core,
     CoreState,
     CropAndFlip,
@@ -193,3 +194,18 @@ def test_epochs_that_cannot_be_subtracted_are_refused(epochs, capsys):
     with pytest.raises(SystemExit):
         steps.main(["--epochs", *epochs])
     assert "expected two numbers, 0 < short < long" in capsys.readouterr().err
+
+
+def test_every_preset_is_timed_as_often_as_asked(monkeypatch, tmp_path):
+    def tiny():
+        model, data, _ = presets.digits()
+        return model, data, Recipe(epochs=1)
+
+    monkeypatch.setattr(presets, "SETUPS", {"digits": tiny})
+    path = tmp_path / "presets.json"
+    found = presets.main(
+        ["--setup", "digits", "--repeats", "2", "--device", "cpu", "--json", str(path)]
+    )
+    assert json.loads(path.read_text()) == found
+    assert found["digits"].keys() == {*PRESETS, "practical, no teachers"}
+    assert all(len(values) == 2 and min(values) > 0 for values in found["digits"].values())
