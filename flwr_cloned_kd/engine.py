@@ -11,7 +11,7 @@ from .data import Dataset, FiniteViews
 from .ensemble import Ensemble, size
 from .losses import Batch, Loss, Targets, cross_entropy
 from .recipe import Epoch, Recipe, fold_in
-from .runtime import Plan, Progress, Runtime, batches_at_once, predict_batch_size, settings
+from .runtime import Plan, Progress, Runtime, samples_at_once, settings
 
 
 def fit(
@@ -103,7 +103,7 @@ def forward(
     """Return inputs `[B, ...]` -> logits `[E, B, C]` of the whole ensemble in evaluation mode.
 
     Args:
-        batch_size: B of most calls; None is `predict_batch_size`.
+        batch_size: B of most calls; None is `samples_at_once`.
         num_samples: about how many inputs will pass, for the choice of the fastest way.
     """
     parts: list[Lane] = []
@@ -118,7 +118,7 @@ def forward(
                 inputs,
                 runtime,
                 training=False,
-                batch_size=batch_size or predict_batch_size(runtime.target),
+                batch_size=batch_size or samples_at_once(runtime.target, inputs),
                 num_samples=num_samples * size(ensemble),
             )
             parts.extend(found)
@@ -137,7 +137,7 @@ def predict(
     batch_size: int | None = None,
 ) -> Tensor:
     """Compute the logits `[E, N, C]` of every clone for inputs `[N, ...]`, on the CPU."""
-    batch_size = batch_size or predict_batch_size(runtime.target)
+    batch_size = batch_size or samples_at_once(runtime.target, inputs)
     with settings(runtime, 0):
         call = forward(model, ensemble, runtime, batch_size=batch_size, num_samples=len(inputs))
         parts = [call(part).cpu() for part in torch.split(inputs, batch_size)]
@@ -185,7 +185,7 @@ def _epoch(
         ).to(inputs.device)
     sizes = _split(len(inputs), recipe.batch_size)
     order = order[: sum(sizes)].to(inputs.device)
-    for several in torch.split(order, recipe.batch_size * batches_at_once(inputs.device)):
+    for several in torch.split(order, samples_at_once(inputs.device, inputs, recipe.batch_size)):
         pixels = inputs[several]
         if isinstance(augment, FiniteViews) and views is not None:
             pixels = augment.view(pixels, views[several])

@@ -21,10 +21,10 @@ COMPILE_FLOP = 1e14
 LOG_SECONDS = 5.0
 CPU_PREDICT_BATCH_SIZE = 128
 """Larger batches fall out of a CPU's cache: see docs/performance.md."""
-GPU_PREDICT_BATCH_SIZE = 2048
-"""Smaller batches leave a GPU waiting for the CPU, which starts every kernel."""
-GPU_BATCHES_AT_ONCE = 64
-"""Training batches that are drawn and augmented together on a GPU, for the same reason."""
+GPU_SAMPLES_AT_ONCE = 2048
+"""Fewer samples a kernel leave a GPU waiting for the CPU, which starts every kernel."""
+GPU_BYTES_AT_ONCE = 2**25
+"""The most that these samples may take as float32: large images come in smaller numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +80,22 @@ class Runtime:
         return torch.device(self.device)
 
 
-def predict_batch_size(device: torch.device) -> int:
-    """Return how many samples a model should predict at a time on a device."""
-    return GPU_PREDICT_BATCH_SIZE if device.type == "cuda" else CPU_PREDICT_BATCH_SIZE
+def samples_at_once(
+    device: torch.device, inputs: Tensor, fewest: int = CPU_PREDICT_BATCH_SIZE
+) -> int:
+    """Return how many samples to predict or to augment together on a device.
 
+    Args:
+        inputs: `[B, ...]`, at least one sample of the data.
+        fewest: the number on a CPU, which is the smallest number on a GPU.
 
-def batches_at_once(device: torch.device) -> int:
-    """Return how many training batches to draw and augment together on a device."""
-    return GPU_BATCHES_AT_ONCE if device.type == "cuda" else 1
+    Returns:
+        A multiple of `fewest`.
+    """
+    if device.type != "cuda":
+        return fewest
+    most = min(GPU_SAMPLES_AT_ONCE, GPU_BYTES_AT_ONCE // (4 * max(1, inputs[0].numel())))
+    return max(1, most // fewest) * fewest
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ from .ensemble import Ensemble, size
 from .knowledge import Selection
 from .losses import Batch, Targets, soft_target
 from .recipe import Recipe
-from .runtime import Runtime, plan, predict_batch_size
+from .runtime import Runtime, plan, samples_at_once
 
 
 class TargetBank:
@@ -89,7 +89,7 @@ class TargetBank:
 
     def _epoch(self, epoch: int) -> Tensor:
         """Compute the targets `[N, C]` of every sample in the views of one epoch."""
-        at_once = predict_batch_size(self._inputs.device)
+        at_once = samples_at_once(self._inputs.device, self._inputs)
         pieces = self._inputs.split(at_once)  # type: ignore[no-untyped-call]
         if isinstance(self._augment, FiniteViews):
             views = epoch_views(self._augment, len(self._inputs), self._view_seed, epoch)

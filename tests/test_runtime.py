@@ -22,7 +22,7 @@ from flwr_cloned_kd import (
     train_edge,
 )
 from flwr_cloned_kd import runtime as module
-from flwr_cloned_kd.runtime import Plan, Progress, plan, settings
+from flwr_cloned_kd.runtime import Plan, Progress, plan, samples_at_once, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -492,3 +492,20 @@ def test_two_phases_at_once_report_by_themselves(clock):
         thread.join()
     assert all(lines[name] for name in lines)
     assert all(line.startswith(f"{name}: epoch ") for name in lines for line in lines[name])
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "fewest", "expected"),
+    [
+        ("cpu", (1, 3, 32, 32), 128, 128),
+        ("cuda", (1, 3, 32, 32), 128, 2048),
+        ("cuda", (1, 3, 32, 32), 100, 2000),
+        # 2^25 bytes are 55 images of 3 x 224 x 224 as float32: fewer than the fewest.
+        ("cuda", (1, 3, 224, 224), 128, 128),
+        ("cuda", (1, 3, 224, 224), 16, 48),
+        ("cuda", (1, 0), 128, 2048),
+    ],
+)
+def test_a_gpu_handles_as_many_samples_at_once_as_are_small(device, shape, fewest, expected):
+    found = samples_at_once(torch.device(device), torch.zeros(shape), fewest)
+    assert found == expected
