@@ -94,7 +94,7 @@ def samples_at_once(
     """
     if device.type != "cuda":
         return fewest
-    most = min(GPU_SAMPLES_AT_ONCE, GPU_BYTES_AT_ONCE // (4 * max(1, inputs[0].numel())))
+    most = min(GPU_SAMPLES_AT_ONCE, GPU_BYTES_AT_ONCE // (4 * max(1, inputs[:1].numel())))
     return max(1, most // fewest) * fewest
 
 
