@@ -149,7 +149,7 @@ def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) ->
         "title": figure.title,
         "dataset": Path(base.data_path).stem if base.dataset == "npz" else base.dataset,
         "seeds": {label: len(rows) for label, rows in plan.items()},
-        "settings": asdict(base),
+        "settings": asdict(base) | {"data_path": Path(base.data_path).name},
         "versions": {"python": platform.python_version(), "flwr-cloned-kd": __version__},
         "played on": played_on(results),
         "result": figure.reduce(results),

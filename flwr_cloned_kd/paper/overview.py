@@ -130,7 +130,10 @@ def _last(axes: Axes, result: Data) -> None:
     for row, method in enumerate(methods):
         look = look_of(method)
         for split, face in zip(BOTH, (look["color"], "white")):
-            last = result[f"{method}{BETWEEN}{split}"]["final"]
+            name = f"{method}{BETWEEN}{split}"
+            if name not in result and method != "ours":
+                continue  # a method that was played on one of the two splits only
+            last = result[name]["final"]
             error = last["sd"] if last["n"] > 1 else None
             axes.errorbar(
                 last["mean"],
