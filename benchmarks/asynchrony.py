@@ -32,7 +32,7 @@ from flwr_cloned_kd import (
     practical,
     take,
 )
-from flwr_cloned_kd.report import write_atomically
+from flwr_cloned_kd.io.checkpoint import write_atomically
 
 TRAIN_SECONDS, SPREAD, CORE_SECONDS, BYTES_PER_SECOND = 60.0, 1.0, 20.0, 100_000.0
 GOALS = (0.90, 0.95)

@@ -32,10 +32,11 @@ from flwr_cloned_kd import (
     take,
     train_edge,
 )
-from flwr_cloned_kd.data import Dataset, moments
-from flwr_cloned_kd.models import resnet
-from flwr_cloned_kd.runtime import Plan, plan
-from flwr_cloned_kd.teachers import TargetBank, weighted
+from flwr_cloned_kd.data.datasets import moments
+from flwr_cloned_kd.data.models import resnet
+from flwr_cloned_kd.engine.inputs import Dataset
+from flwr_cloned_kd.engine.runtime import Plan, plan
+from flwr_cloned_kd.method.targets import TargetBank, weighted
 
 TEMPERATURE = 4.0
 PHASES = ("phase1", "phase2", "round")

@@ -42,11 +42,12 @@ from flwr_cloned_kd import (
     resnet,
     take,
 )
-from flwr_cloned_kd.data import Dataset, FiniteViews, moments
-from flwr_cloned_kd.losses import Batch, Loss
-from flwr_cloned_kd.models import Moments
-from flwr_cloned_kd.report import write_atomically
-from flwr_cloned_kd.runtime import plan, settings
+from flwr_cloned_kd.data.datasets import moments
+from flwr_cloned_kd.data.models import Moments
+from flwr_cloned_kd.engine.inputs import Dataset, FiniteViews
+from flwr_cloned_kd.engine.losses import Batch, Loss
+from flwr_cloned_kd.engine.runtime import plan, settings
+from flwr_cloned_kd.io.checkpoint import write_atomically
 
 BASELINE = "baseline"
 DEPTH = 8

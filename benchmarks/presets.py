@@ -30,8 +30,9 @@ from flwr_cloned_kd import (
     take,
     train_edge,
 )
-from flwr_cloned_kd.core import CoreState
-from flwr_cloned_kd.data import Dataset, moments
+from flwr_cloned_kd.data.datasets import moments
+from flwr_cloned_kd.engine.inputs import Dataset
+from flwr_cloned_kd.method.core import CoreState
 
 ROUNDS = 3
 """The memory is full in the last of them, which is the one that is timed."""

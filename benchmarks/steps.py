@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.machine import hardware, seconds
 from flwr_cloned_kd import CropAndFlip, Recipe, Runtime, clone, fit, resnet
-from flwr_cloned_kd.data import moments
+from flwr_cloned_kd.data.datasets import moments
 
 NUM_IMAGES = 5_000
 NUM_CLASSES = 100

@@ -23,7 +23,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from flwr_cloned_kd.settings import Settings
+from flwr_cloned_kd.apps.settings import Settings
 
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0

@@ -3,39 +3,44 @@
 Lee, Yoo and Kwak, "Asynchronous Edge Learning using Cloned Knowledge Distillation", 2020.
 """
 
-from .asynchronous import AsyncStrategy
-from .baselines import FedAsync, FedBuff
-from .client import EdgeClient, edge_app
-from .consensus import Venn
-from .core import Core, CoreState, Distillation, edge_seed, train_edge
-from .data import (
-    CropAndFlip,
-    crop_and_flip,
+from .asynchronous.staleness import ConstantStaleness, HingeStaleness, PolynomialStaleness
+from .asynchronous.strategy import AsyncStrategy
+from .asynchronous.timeline import Event, accounts, draw_timeline
+from .baselines.fedasync import FedAsync
+from .baselines.fedbuff import FedBuff
+from .data.datasets import (
     load_cifar100,
     load_digits,
     load_huggingface,
     load_npz,
     partition,
     partition_with,
-    shuffle_labels,
     take,
 )
-from .draws import Constant, Draw, Exponential, LogNormal, Trace
-from .engine import accuracy, fit, predict
-from .ensemble import Ensemble, StateDict, as_ensemble, clone, member
-from .guard import TrainAccuracyDrop, TrainAccuracyJump
-from .knowledge import Knowledge, correct, ensemble_share, label_probability, retained
-from .legacy import LegacyClonedKD
-from .losses import cross_entropy, distillation
-from .models import digits_cnn, initialise, resnet, resnet32
-from .mods import ClipClones, LocalDpClones
-from .recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
-from .runtime import Runtime
-from .staleness import ConstantStaleness, HingeStaleness, PolynomialStaleness
-from .strategy import ClonedKD
-from .timeline import Event, accounts, draw_timeline
-from .variants import PRESETS, VARIANTS, Variant, cloned, practical, unselective
-from .virtual import VirtualGrid
+from .data.models import digits_cnn, resnet, resnet32
+from .engine.ensemble import Ensemble, StateDict, as_ensemble, clone, initialise, member
+from .engine.fit import accuracy, fit, predict
+from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
+from .engine.losses import cross_entropy, distillation
+from .engine.recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
+from .engine.runtime import Runtime
+from .flower.client import EdgeClient, edge_app
+from .flower.cloned_kd import ClonedKD
+from .flower.legacy import LegacyClonedKD
+from .flower.mods import ClipClones, LocalDpClones
+from .method.consensus import Venn
+from .method.core import Core, CoreState, Distillation, edge_seed, train_edge
+from .method.guards import TrainAccuracyDrop, TrainAccuracyJump
+from .method.knowledge import (
+    Knowledge,
+    correct,
+    ensemble_share,
+    label_probability,
+    retained,
+)
+from .method.variants import PRESETS, VARIANTS, Variant, cloned, practical, unselective
+from .virtual.draws import Constant, Draw, Exponential, LogNormal, Trace
+from .virtual.grid import VirtualGrid
 
 __version__ = "0.1.0"
 
@@ -51,6 +56,7 @@ __all__ = [
     "Core",
     "CoreState",
     "CropAndFlip",
+    "Dataset",
     "Distillation",
     "Draw",
     "EdgeClient",

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import ROUNDING, distance, images, mlp
 
 from benchmarks import engine, machine, phase0, presets, steps
 from benchmarks import reference as textbook
@@ -22,6 +21,7 @@ from flwr_cloned_kd import (
     member,
     train_edge,
 )
+from tests.helpers.reference import ROUNDING, distance, images, mlp
 
 # One batch per epoch: then every order of the samples sums the same gradient.
 DATA = images(90)

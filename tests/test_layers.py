@@ -1,4 +1,4 @@
-"""DESIGN: an arrow may only point down."""
+"""The folders of the package are its layers: a folder imports only folders on lower floors."""
 
 import ast
 from pathlib import Path
@@ -6,69 +6,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flwr_cloned_kd"
-LAYERS = [
-    {"ensemble", "consensus", "guard", "models", "data"},
-    {"losses", "recipe", "staleness", "averages", "knowledge"},
-    {"runtime", "_fold", "_lanes", "_step", "engine", "teachers"},
-    {"core", "variants"},
-    {"_checkpoint", "_clock", "_session", "draws", "timeline"},
-    {
-        "_courier",
-        "_register",
-        "_resume",
-        "_round",
-        "_wire",
-        "asynchronous",
-        "strategy",
-        "baselines",
-        "legacy",
-        "client",
-        "mods",
-        "virtual",
-    },
-    {"settings", "report", "experiment"},
-    {f"paper/{path.stem}" for path in (PACKAGE / "paper").glob("*.py")},
+FLOORS = [
+    ("engine",),
+    ("data", "method", "io"),
+    ("asynchronous",),
+    ("flower", "baselines", "virtual"),
+    ("apps",),
+    ("paper",),
 ]
-MAY_IMPORT_FLOWER = LAYERS[5] | LAYERS[6] | LAYERS[7]
-MODULES = sorted(
-    path.relative_to(PACKAGE).with_suffix("").as_posix()
-    for path in PACKAGE.rglob("*.py")
-    if path.stem != "__init__"
-)
+WITHOUT_FLOWER = {"engine", "data", "method"}
+PRIVATE_FLOWER = {"flwr.supercore.task_identity": "virtual"}
+"""Modules of Flower that are not part of its public API, and the folder that may use each."""
 
-
-def imports(module):
-    """Return (names of sibling modules, names of other packages) that a module imports."""
-    siblings, others = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            inside = node.level == 1 and "/" in module
-            siblings |= {f"paper/{node.module}" if inside else node.module} - {None}
-        elif isinstance(node, ast.ImportFrom):
-            others.add(node.module)
-        elif isinstance(node, ast.Import):
-            others |= {alias.name for alias in node.names}
-    return siblings, others
-
-
-def layer(module):
-    return next(index for index, names in enumerate(LAYERS) if module in names)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_its_own_layer_and_those_below(module):
-    siblings = imports(module)[0]
-    assert all(layer(sibling) <= layer(module) for sibling in siblings), siblings
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_flower_is_imported_only_by_the_adapters(module):
-    flower = {name for name in imports(module)[1] if name.split(".")[0] == "flwr"}
-    assert not flower or module in MAY_IMPORT_FLOWER
-    assert all(name in ALLOWED_FLOWER for name in flower), flower
-
-
-ALLOWED_FLOWER = {
+FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
+PUBLIC_FLOWER = {
     "flwr.app",
     "flwr.client",
     "flwr.clientapp",
@@ -78,5 +29,44 @@ ALLOWED_FLOWER = {
     "flwr.serverapp",
     "flwr.serverapp.strategy",
     "flwr.simulation",
-    "flwr.supercore.task_identity",  # virtual: messages can only be made by who has an identity
 }
+
+
+def imported(path):
+    """Return the absolute names of the modules that a file imports."""
+    package = ("flwr_cloned_kd", *path.relative_to(PACKAGE).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            names.add(".".join([*start, *filter(None, [node.module])]))
+    return names
+
+
+def folders_of(names):
+    parts = [name.split(".") for name in names]
+    return {part[1] for part in parts if part[0] == "flwr_cloned_kd" and len(part) > 1}
+
+
+def test_every_folder_has_a_floor():
+    assert {path.parent.name for path in PACKAGE.glob("*/*.py")} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("folder", FLOOR)
+def test_a_folder_imports_only_folders_below_it(folder):
+    for path in (PACKAGE / folder).glob("*.py"):
+        above = {
+            name for name in folders_of(imported(path)) - {folder} if FLOOR[name] >= FLOOR[folder]
+        }
+        assert not above, path
+
+
+@pytest.mark.parametrize("folder", FLOOR)
+def test_flower_is_imported_by_its_public_names_and_not_by_the_algorithm(folder):
+    for path in (PACKAGE / folder).glob("*.py"):
+        flower = {name for name in imported(path) if name.split(".")[0] == "flwr"}
+        assert not (flower and folder in WITHOUT_FLOWER), path
+        private = flower - PUBLIC_FLOWER
+        assert all(PRIVATE_FLOWER.get(name) == folder for name in private), path

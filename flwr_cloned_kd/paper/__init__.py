@@ -1,1 +1,1 @@
-"""The paper's experiments, and controls of them: `python -m flwr_cloned_kd.paper`."""
+"""The paper's experiments and their controls: `python -m flwr_cloned_kd.paper`."""

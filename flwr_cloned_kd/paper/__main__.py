@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import __version__
-from ..experiment import load
-from ..report import write_atomically
-from ..settings import CHOICES, Settings
+from ..apps.experiment import load
+from ..apps.settings import CHOICES, Settings
+from ..io.checkpoint import write_atomically
 from .cache import all_records, key, stored
 from .experiments import FIGURES, choose
 from .page import rewrite

@@ -19,12 +19,11 @@ from filelock import FileLock
 from flwr.common import log
 
 from .. import __version__
-from .._checkpoint import digest, newest, previous, write
-from ..core import CoreState
-from ..ensemble import StateDict
-from ..experiment import load
-from ..report import write_atomically
-from ..settings import Settings
+from ..apps.experiment import load
+from ..apps.settings import Settings
+from ..engine.ensemble import StateDict
+from ..io.checkpoint import digest, newest, previous, write, write_atomically
+from ..method.core import CoreState
 from .runs import Progress, Record, Run, describe, play
 
 Tick = Callable[[], None]

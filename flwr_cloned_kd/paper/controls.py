@@ -5,7 +5,7 @@ R is the number of edges: so many rounds the paper's method has.
 
 from typing import Any, NamedTuple
 
-from ..settings import Settings
+from ..apps.settings import Settings
 
 
 class Control(NamedTuple):

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from ..consensus import Venn
-from ..settings import Settings
+from ..apps.settings import Settings
+from ..method.consensus import Venn
 from .controls import CONTROLS, control_runs
 from .noise import plan_noise, reduce_noise
 from .seeds import (

@@ -5,9 +5,19 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
-from ..settings import Settings
+from ..apps.settings import Settings
 from .runs import Record
-from .seeds import METHODS, OURS, Plan, Results, Summary, core_accuracy, curve, final, over_seeds
+from .seeds import (
+    METHODS,
+    OURS,
+    Plan,
+    Results,
+    Summary,
+    core_accuracy,
+    curve,
+    final,
+    over_seeds,
+)
 
 NOISY_ROUNDS = (4, 7)
 NOISE = (0.3, 0.6, 1.0)

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..report import write_atomically
+from ..io.checkpoint import write_atomically
 from .seeds import spread
 from .tables import Data, bare, expect
 

@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..averages import cast
-from ..consensus import Venn
-from ..core import Core, CoreState, edge_seed, train_edge
-from ..data import Dataset, take
-from ..engine import accuracy, predict
-from ..ensemble import Ensemble, StateDict, clone
-from ..experiment import build_core, edge_recipe, load, phase_2, split
-from ..recipe import fold_in
-from ..report import hardware
-from ..settings import Settings
-from ..variants import SELECTIONS, START_RULES, VARIANTS, Send, independent
+from ..apps.experiment import build_core, edge_recipe, load, phase_2, split
+from ..apps.report import hardware
+from ..apps.settings import Settings
+from ..baselines.averaging import mix as mix_models
+from ..data.datasets import take
+from ..engine.ensemble import Ensemble, StateDict, clone
+from ..engine.fit import accuracy, predict
+from ..engine.inputs import Dataset
+from ..engine.recipe import fold_in
+from ..method.consensus import Venn
+from ..method.core import Core, CoreState, edge_seed, train_edge
+from ..method.variants import SELECTIONS, START_RULES, VARIANTS, Send, independent
 
 Record = dict[str, Any]
 """What one round did, ready for JSON; round 0 is Phase 0. Accuracies are fractions in [0, 1]."""
@@ -270,11 +271,7 @@ def _average(
     each = len(next(iter(ensemble.values()))) // len(sizes)
     params = weighted_mean(ensemble, [size for size in sizes for _ in range(each)])
     if mix < 1:
-        mixed = {
-            name: (1 - mix) * tensor.double() + mix * params[name].double()
-            for name, tensor in state.params.items()
-        }
-        params = cast(mixed, state.params)
+        params = mix_models(state.params, params, mix)
     trained = core.train_accuracy(params)
     found = accuracy(predict(core.model, ensemble, inputs, runtime=core.runtime), labels)
     metrics = {

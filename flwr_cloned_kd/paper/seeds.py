@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 from statistics import fmean, stdev
 from typing import Any
 
-from ..settings import Settings
-from ..variants import VARIANTS
+from ..apps.settings import Settings
+from ..method.variants import VARIANTS
 from .runs import Record, Run
 
 Plan = dict[str, list[Run]]

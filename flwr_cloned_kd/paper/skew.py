@@ -4,9 +4,28 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from ..settings import Settings
-from .controls import AVERAGE, CEM, CPP, FEDAVG, FEDAVG_2, FEDDF, FEDPROX, PRACTICAL, UNSELECTIVE
-from .seeds import Plan, Results, Summary, core_accuracy, cost, curve, over_seeds, spread
+from ..apps.settings import Settings
+from .controls import (
+    AVERAGE,
+    CEM,
+    CPP,
+    FEDAVG,
+    FEDAVG_2,
+    FEDDF,
+    FEDPROX,
+    PRACTICAL,
+    UNSELECTIVE,
+)
+from .seeds import (
+    Plan,
+    Results,
+    Summary,
+    core_accuracy,
+    cost,
+    curve,
+    over_seeds,
+    spread,
+)
 
 SPLITS: dict[str, dict[str, Any]] = {
     "IID": {"split": "random"},

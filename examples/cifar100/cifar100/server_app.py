@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flwr_cloned_kd.experiment import serve
+from flwr_cloned_kd.apps import serve
 
 app = ServerApp()
 

@@ -2,8 +2,7 @@
 
 from flwr.app import UserConfig
 
-from flwr_cloned_kd import Recipe, load_digits, partition, take
-from flwr_cloned_kd.data import Dataset
+from flwr_cloned_kd import Dataset, Recipe, load_digits, partition, take
 
 
 def recipe(config: UserConfig, phase: str) -> Recipe:

@@ -1,0 +1,1 @@
+"""Flower's strategy loop without the barrier at the end of a round."""

@@ -1,0 +1,1 @@
+"""FedAsync and FedBuff on the asynchronous loop."""

@@ -1,0 +1,1 @@
+"""Example datasets and example models."""

@@ -1,0 +1,110 @@
+"""Models for the examples; any `nn.Module` from inputs to logits does."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..engine.ensemble import seeded
+
+
+class _Conv(nn.Conv2d):
+    """A 3x3 convolution without bias, initialised for ReLU (He et al. 2015)."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
+        super().__init__(channels_in, channels_out, 3, stride, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+
+class _Block(nn.Module):
+    """Two convolutions around a shortcut without parameters: option A of He et al. 2016."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = (
+            _Conv(channels_in, channels_out, stride),
+            nn.BatchNorm2d(channels_out),
+        )
+        self.conv2, self.bn2 = _Conv(channels_out, channels_out), nn.BatchNorm2d(channels_out)
+        self.stride, missing = stride, channels_out - channels_in
+        self.padding = (missing // 2, missing - missing // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.stride > 1 or any(self.padding):
+            thinned = x[:, :, :: self.stride, :: self.stride]
+            shortcut = F.pad(thinned, (0, 0, 0, 0, *self.padding))
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+Moments = tuple[Tensor, Tensor]
+
+
+class _ResNet(nn.Module):
+    mean: Tensor | None
+    deviation: Tensor | None
+
+    def __init__(
+        self, blocks: int, num_classes: int, channels: int, width: int, pixels: Moments | None
+    ) -> None:
+        super().__init__()
+        mean, deviation = pixels or (None, None)
+        # Not persistent: part of the architecture, not of the weights that travel.
+        for name, moment in (("mean", mean), ("deviation", deviation)):
+            moment = moment if moment is None else moment[:, None, None].float()
+            self.register_buffer(name, moment, persistent=False)
+        self.conv, self.bn = _Conv(channels, width), nn.BatchNorm2d(width)
+        plan = [(width * 2**stage, 2 if stage and not block else 1)
+                for stage in range(3) for block in range(blocks)]  # fmt: skip
+        inputs = [width, *(outputs for outputs, _ in plan)]
+        self.blocks = nn.Sequential(*(_Block(i, o, s) for i, (o, s) in zip(inputs, plan)))
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is not None and self.deviation is not None:
+            x = (x - self.mean) / self.deviation
+        elif not x.is_floating_point():
+            x = x / 255
+        x = self.blocks(F.relu(self.bn(self.conv(x))))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def resnet(
+    depth: int,
+    num_classes: int,
+    *,
+    channels: int = 3,
+    width: int = 16,
+    seed: int = 0,
+    pixels: Moments | None = None,
+) -> nn.Module:
+    """Build the CIFAR form of ResNet (He et al. 2016, Sec. 4.2; option A shortcuts).
+
+    Three stages of `width`, 2 `width` and 4 `width` channels; `[B, channels, H, W]` to
+    `[B, num_classes]` logits for any H and W of at least 4.
+
+    Args:
+        depth: 6n + 2 for n blocks per stage: 8, 14, 20, 32, 44, 56, 110, ...
+        seed: determines the initial weights; the global generator is not touched.
+        pixels: mean and deviation `[channels]` of raw pixels, such as `data.moments` finds; the
+            model then standardises what it is given. None: floats are taken as they are, integers
+            divided by 255.
+
+    Raises:
+        ValueError: if the depth is not of that form.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, 32, ...), got {depth}")
+    return seeded(_ResNet((depth - 2) // 6, num_classes, channels, width, pixels), seed)
+
+
+def resnet32(num_classes: int = 100, *, seed: int = 0, pixels: Moments | None = None) -> nn.Module:
+    """Build the paper's model: ResNet-32, about 0.47 million parameters; see `resnet`."""
+    return resnet(32, num_classes, seed=seed, pixels=pixels)
+
+
+def digits_cnn(num_classes: int = 10, *, seed: int = 0) -> nn.Module:
+    """Build a ResNet-8 of width 8 for 8x8 grey images: about 20,000 parameters."""
+    return resnet(8, num_classes, channels=1, width=8, seed=seed)

@@ -1,0 +1,87 @@
+"""What a batch is drawn from, and what may be done to it."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Dataset = tuple[Tensor, Tensor]
+"""Images `[N, C, H, W]`, uint8 or any floating dtype, and labels `[N]`, int64.
+
+uint8 images stay so, a quarter of the memory, up to the model: give it their `moments`.
+"""
+
+
+@runtime_checkable
+class FiniteViews(Protocol):
+    """An augmentation with a finite number of views: what a teacher says of one can be kept."""
+
+    def draw(self, num_images: int, generator: torch.Generator) -> Tensor:
+        """Draw view numbers `[num_images]`."""
+        ...
+
+    def view(self, images: Tensor, views: Tensor) -> Tensor:
+        """Return view `views[i]` of image i."""
+        ...
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """Random crop of the zero-padded image, then a random horizontal flip (He et al. 2016).
+
+    The family is finite: `2 (2 pad + 1)^2` views, 162 for the usual padding of 4 pixels.
+    Calling it with images `[B, C, H, W]` and a generator draws one view per image.
+
+    Args:
+        pad: pixels of padding on every side, and so the largest shift.
+        flip: False for images that mean something else in the mirror, such as digits.
+    """
+
+    pad: int = 4
+    flip: bool = True
+
+    @property
+    def num_views(self) -> int:
+        """How many different views one image has."""
+        return (1 + self.flip) * (2 * self.pad + 1) ** 2
+
+    def draw(self, num_images: int, generator: torch.Generator) -> Tensor:
+        """Draw view numbers `[num_images]`, each in [0, num_views)."""
+        return torch.randint(self.num_views, (num_images,), generator=generator)
+
+    def view(self, images: Tensor, views: Tensor) -> Tensor:
+        """Return view `views[i]` of image i: `[B, C, H, W]` to the same."""
+        height, width = images.shape[-2:]
+        side = 2 * self.pad + 1
+        shift, flip = views % side**2, (views >= side**2)
+        rows = shift[:, None] // side + torch.arange(height, device=views.device)
+        columns = shift[:, None] % side + torch.arange(width, device=views.device)
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        padded = F.pad(images, (self.pad,) * 4).permute(0, 2, 3, 1)
+        index = torch.arange(len(images), device=views.device)[:, None, None]
+        return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        views = self.draw(len(images), generator)
+        return self.view(images, views.to(images.device))
+
+
+crop_and_flip = CropAndFlip()
+
+
+def shuffle_labels(labels: Tensor, generator: torch.Generator, *, p: float = 1.0) -> Tensor:
+    """Make an edge noisy: with probability `p` permute the labels `[B]` of a batch (Sec. 5.3).
+
+    Args:
+        p: fraction of batches, in [0, 1]; 0 leaves every batch as it is.
+
+    Raises:
+        ValueError: if `p` is out of range.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p: expected a fraction, 0 to 1, got {p}")
+    if torch.rand((), generator=generator) >= p:
+        return labels
+    return labels[torch.randperm(len(labels), generator=generator).to(labels.device)]

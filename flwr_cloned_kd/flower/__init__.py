@@ -1,0 +1,1 @@
+"""Cloned KD for Flower: the strategies, the client and the client mods."""

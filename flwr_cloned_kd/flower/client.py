@@ -1,0 +1,213 @@
+"""The edge's side: a NumPyClient that trains clones, and one client app for both Flower APIs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.client import Client, NumPyClient
+from flwr.clientapp import ClientApp
+from flwr.common import NDArrays, Scalar
+from torch import nn
+
+from ..engine.ensemble import StateDict, as_ensemble, clone, member
+from ..engine.fit import accuracy, predict
+from ..engine.inputs import Dataset
+from ..engine.losses import Batch, cross_entropy
+from ..engine.recipe import Recipe, fold_in
+from ..engine.runtime import Runtime
+from ..method.core import train_edge
+from .mods import guarded
+
+LEGACY_REQUESTS = ("fitins.", "evaluateins.", "getparametersins.", "getpropertiesins.")
+
+
+class EdgeClient(NumPyClient):
+    """An edge: trains what it is sent on its own data (Phase 1).
+
+    What the request asks for decides what comes back. With "num-clones" E in the config it is an
+    ensemble, every array `[E, *shape]`; without, a plain model, so that FedAvg, FedProx and
+    any other strategy run with this client. "proximal-mu", "seed" and "server-round" are read too.
+
+    Args:
+        model: the architecture of the core.
+        dataset: the edge's private data.
+        recipe: Phase 1.
+        held_out: what `evaluate` measures on; None is `dataset`.
+        seed: determines the draws of a request that brings no "seed".
+        runtime: speed only.
+        max_clones: the most clones this edge agrees to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        recipe: Recipe,
+        *,
+        held_out: Dataset | None = None,
+        seed: int = 0,
+        runtime: Runtime = Runtime(),
+        max_clones: int = 16,
+    ) -> None:
+        self.model, self.dataset, self.recipe = model, dataset, recipe
+        self.held_out = dataset if held_out is None else held_out
+        self.seed, self.runtime, self.max_clones = seed, runtime, max_clones
+
+    def get_parameters(self, config: dict[str, Scalar]) -> NDArrays:
+        """Return the model's own weights, in the order of its state dict."""
+        return [tensor.numpy() for tensor in self.model.state_dict().values()]
+
+    def fit(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Train; arrays come and go in the order of the model's state dict.
+
+        Raises:
+            ValueError: if the arrays do not fit the model, or a config value is out of range.
+        """
+        num_clones = int(config.get("num-clones", 1))
+        if not 1 <= num_clones <= self.max_clones:
+            raise ValueError(f"num-clones: expected 1 to {self.max_clones}, got {num_clones}")
+        mu = float(config.get("proximal-mu", self.recipe.proximal_mu))
+        fallback = fold_in(self.seed, int(config.get("server-round", 0)))
+        started = time.perf_counter()
+        trained = train_edge(
+            self.model,
+            self._params(parameters),
+            self.dataset,
+            replace(self.recipe, proximal_mu=mu),
+            num_clones=num_clones,
+            seed=int(config.get("seed", fallback)),
+            runtime=self.runtime,
+        )
+        reply = trained if "num-clones" in config else member(trained, 0)
+        seconds = time.perf_counter() - started
+        arrays = [tensor.numpy() for tensor in reply.values()]
+        return arrays, len(self.dataset[1]), {"train-seconds": seconds}
+
+    def evaluate(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[float, int, dict[str, Scalar]]:
+        """Return (cross entropy, number of samples, accuracy as a fraction in [0, 1])."""
+        inputs, labels = self.held_out
+        one = clone(self._params(parameters), 1)
+        logits = predict(self.model, one, inputs, runtime=self.runtime)[0]
+        loss = float(cross_entropy(logits, Batch(inputs, labels, labels)))
+        return loss, len(labels), {"accuracy": float(accuracy(logits, labels))}
+
+    def _params(self, parameters: NDArrays) -> StateDict:
+        like = self.model.state_dict()
+        if len(parameters) != len(like):
+            raise ValueError(f"parameters: expected {len(like)} arrays, got {len(parameters)}")
+        # FedAvg averages integer counters into floats: back to what the model has.
+        named = {
+            name: np.asarray(array).astype(like[name].numpy().dtype)
+            for name, array in zip(like, parameters)
+        }
+        return member(as_ensemble(named, like), 0)
+
+
+class _EdgeApp(ClientApp):
+    """A client app that hands the requests of a legacy server to a legacy client app."""
+
+    legacy: ClientApp
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if any(name.startswith(LEGACY_REQUESTS) for name in message.content):
+            reply = self.legacy(message, context)
+            return _introduced(reply, context)
+        return super().__call__(message, context)
+
+
+def edge_app(
+    client_fn: Callable[[Context], NumPyClient | Client],
+    *,
+    mods: list[Callable[..., Message]] | None = None,
+) -> ClientApp:
+    """Make one client app that answers both of Flower's APIs with one NumPyClient.
+
+    Message API: "train" and "evaluate" with one ArrayRecord and an optional ConfigRecord;
+    "query" answers who this edge is, by the "name" or else the "partition-id" of its node config.
+    Legacy API: whatever `ServerAppComponents` sends.
+
+    Args:
+        client_fn: called for every request but "query"; an `EdgeClient`, or any NumPyClient,
+            as it is or by `.to_client()`.
+        mods: client mods around every request but "query", in the form `guarded` gives them:
+            Flower's, which handle one model, answer a request for clones with an error that says
+            so; `ClipClones` and `LocalDpClones` handle ensembles.
+    """
+    app, around = _EdgeApp(), guarded(mods)
+    app.legacy = ClientApp(lambda context: client_fn(context).to_client(), mods=around)
+
+    @app.train(mods=around)
+    def train(message: Message, context: Context) -> Message:
+        names, arrays, config = _unpack(message)
+        reply, num_examples, metrics = _numpy_client(client_fn(context)).fit(arrays, config)
+        if len(reply) != len(names):
+            raise ValueError(f"reply: expected {len(names)} arrays, got {len(reply)}")
+        record = ArrayRecord({name: Array(array) for name, array in zip(names, reply)})
+        content = {"arrays": record, "metrics": _metrics(num_examples, metrics)}
+        return Message(RecordDict(content), reply_to=message)  # type: ignore[arg-type]
+
+    @app.evaluate(mods=around)
+    def evaluate(message: Message, context: Context) -> Message:
+        _, arrays, config = _unpack(message)
+        loss, num_examples, metrics = _numpy_client(client_fn(context)).evaluate(arrays, config)
+        record = _metrics(num_examples, {"loss": loss, **metrics})
+        return Message(RecordDict({"metrics": record}), reply_to=message)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        config = ConfigRecord({"edge": _edge(context)})
+        return Message(RecordDict({"config": config}), reply_to=message)
+
+    return app
+
+
+def _numpy_client(client: NumPyClient | Client) -> NumPyClient:
+    """Return what `.to_client()`, with which the usual client_fn ends, has wrapped."""
+    found = getattr(client, "numpy_client", client)
+    if not isinstance(found, NumPyClient):
+        raise TypeError(f"client_fn: expected a NumPyClient, got {type(client).__name__}")
+    return found
+
+
+def _edge(context: Context) -> str:
+    config = context.node_config
+    return str(config.get("name", config.get("partition-id", "")))
+
+
+def _introduced(reply: Message, context: Context) -> Message:
+    """Add who this edge is to the properties that a legacy server asks for."""
+    properties = "getpropertiesres.properties"
+    if reply.has_content() and properties in reply.content:
+        reply.content.config_records[properties].setdefault("edge", _edge(context))
+        reply.content["getpropertiesres.status"] = ConfigRecord({"code": 0, "message": ""})
+    return reply
+
+
+def _unpack(message: Message) -> tuple[list[str], NDArrays, dict[str, Any]]:
+    """Return names, arrays and config of a Message-API request."""
+    records = list(message.content.array_records.values())
+    if len(records) != 1:
+        raise ValueError(f"request: expected one ArrayRecord, got {len(records)}")
+    configs = list(message.content.config_records.values())
+    arrays = [array.numpy() for array in records[0].values()]
+    return list(records[0]), arrays, dict(configs[0]) if configs else {}
+
+
+def _metrics(num_examples: int, metrics: dict[str, Any]) -> MetricRecord:
+    numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
+    return MetricRecord({"num-examples": num_examples, **numbers})

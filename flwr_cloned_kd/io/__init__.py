@@ -1,0 +1,1 @@
+"""Checked reading of what edges send and of what is on disk."""

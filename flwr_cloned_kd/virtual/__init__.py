@@ -1,0 +1,1 @@
+"""A federation in virtual time, for tests and studies."""

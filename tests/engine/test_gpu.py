@@ -1,0 +1,125 @@
+"""What runs on a GPU equals what runs on the CPU, and a recorded step equals a plain one.
+
+Not part of CI, which has no GPU: `python -m pytest -m gpu tests/test_gpu.py`.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flwr_cloned_kd import (
+    Core,
+    CropAndFlip,
+    Recipe,
+    Runtime,
+    clone,
+    fit,
+    practical,
+    predict,
+    resnet,
+    train_edge,
+)
+from flwr_cloned_kd.engine.losses import Batch
+from flwr_cloned_kd.method.targets import TargetBank
+from tests.helpers.reference import cnn, distance, images, mlp, same_bits, snapshot
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+# The GPU adds in another order than the CPU: float32 rounds to 6e-8, and some hundred steps
+# amplify that. A wrong step is off by 1e-3 or more.
+ROUNDING = 1e-4
+CPU, GPU = Runtime(device="cpu"), Runtime(device="cuda")
+RECIPE = Recipe(epochs=4, batch_size=8, lr=0.05, augment=CropAndFlip(1))
+# Four batches of 8 and one of 6 in every epoch, so that plain and recorded steps alternate.
+DATA = images(38)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Switch TF32 off, whose rounding is a thousand times coarser than float32's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def trained(model, runtime, *, num_clones=3, recipe=RECIPE):
+    start = clone(model.state_dict(), num_clones)
+    return fit(model, start, DATA, recipe, seed=6, runtime=runtime)
+
+
+@pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "together"])
+def test_training_on_a_gpu_equals_training_on_the_cpu(build, batched):
+    there = trained(build(), replace(GPU, batch_clones=batched))
+    here = trained(build(), replace(CPU, batch_clones=batched))
+    assert distance(there, here) < ROUNDING
+
+
+@pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "together"])
+@pytest.mark.parametrize("change", [{}, {"proximal_mu": 0.5}, {"momentum": 0.0}], ids=str)
+def test_a_recorded_step_equals_a_plain_one_to_the_last_bit(build, batched, change):
+    runtime, recipe = replace(GPU, batch_clones=batched), replace(RECIPE, **change)
+    plain = trained(build(), runtime, recipe=recipe)
+    recorded = trained(build(), replace(runtime, cuda_graphs=True), recipe=recipe)
+    assert same_bits(plain, recorded)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "recorded"])
+def test_the_same_seed_gives_the_same_bits_on_a_gpu(graphs):
+    model, runtime = resnet(8, 3, channels=1), replace(GPU, bf16=True, cuda_graphs=graphs)
+    assert same_bits(trained(model, runtime), trained(model, runtime))
+
+
+def test_predictions_on_a_gpu_equal_those_on_the_cpu():
+    model = cnn()
+    edge = trained(model, CPU)
+    there, here = (predict(model, edge, DATA[0], runtime=runtime) for runtime in (GPU, CPU))
+    assert (there - here).abs().max() < ROUNDING
+
+
+def test_the_targets_of_a_gpu_equal_those_of_the_cpu():
+    model = cnn()
+    edge, rows = trained(model, CPU), torch.arange(16, 24)
+    targets = []
+    for runtime in (GPU, CPU):
+        bank = TargetBank(
+            model,
+            edge,
+            DATA,
+            RECIPE,
+            view_seed=1,
+            temperature=4.0,
+            most_bytes=2**20,
+            runtime=runtime,
+        )
+        device = runtime.target
+        batch = Batch(DATA[0][rows].to(device), DATA[1][rows].to(device), rows.to(device), 2)
+        targets.append(bank(batch).cpu())
+    assert (targets[0] - targets[1]).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "recorded"])
+def test_two_rounds_on_a_gpu_equal_two_rounds_on_the_cpu(graphs):
+    found = []
+    for runtime in (replace(GPU, cuda_graphs=graphs), CPU):
+        core = Core(
+            model=cnn(),
+            dataset=DATA,
+            held_out=images(31, seed=1),
+            recipe=RECIPE,
+            distillation=practical(RECIPE),
+            runtime=runtime,
+        )
+        state = core.state(core.pretrain())
+        for index in range(2):
+            data = images(24, seed=10 + index)
+            edge = train_edge(
+                core.model, state.params, data, RECIPE, num_clones=2, seed=index, runtime=runtime
+            )
+            state, _ = core.distill(state, edge)
+        found.append(snapshot(state.params))
+    assert distance(*found) < 10 * ROUNDING

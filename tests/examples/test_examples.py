@@ -1,0 +1,263 @@
+"""The examples, run as a user runs them."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from flwr.common.config import parse_config_args
+
+from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, load_digits, take, train_edge
+from flwr_cloned_kd.apps.experiment import build_core, recipe, split
+from flwr_cloned_kd.apps.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+SHORT = "core-epochs=6 edge-epochs=4 distill-epochs=4 baseline-rounds=1"
+
+
+def run(*arguments, timeout=300):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def run_app(tmp_path, run_config):
+    return run(
+        EXAMPLES / "run.py", "quickstart_digits", "--results", tmp_path, "--run-config", run_config
+    )
+
+
+def runner():
+    """examples/run.py as a module."""
+    spec = importlib.util.spec_from_file_location("runner", EXAMPLES / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(tmp_path):
+    """Every round of the only run, without what depends on the clock."""
+    (path,) = tmp_path.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k and k != "time"} for row in lines]
+
+
+def plain_accuracies(settings):
+    """Algorithm 1 without Flower, on what the app's settings stand for."""
+    core, row = build_core(settings), VARIANTS[settings.variant]
+    train, _ = load_digits()
+    parts = split(settings, train[1])
+    state, found = core.state(core.pretrain()), []
+    for server_round in range(1, settings.num_edges + 1):
+        edge = train_edge(
+            core.model,
+            state.params,
+            take(train, parts[server_round]),
+            recipe(settings, settings.edge_epochs),
+            num_clones=row.num_clones,
+            seed=edge_seed(core.seed, server_round),
+        )
+        state, metrics = core.distill(state, edge)
+        found.append(metrics)
+    return found
+
+
+@pytest.mark.simulation
+def test_flwr_run_twice_gives_the_same_rounds_and_those_of_the_plain_loop(tmp_path):
+    config = f"{SHORT} seed=5"
+    found = []
+    for name, strategies in (("first", "cloned-kd,fedavg,fedprox"), ("second", "cloned-kd")):
+        result = run_app(tmp_path / name, f"{config} strategy='{strategies}'")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "Comparison (first core:" in result.stdout
+        assert "Final core accuracy:" in result.stdout
+        found.append(rows(tmp_path / name))
+        (folder,) = (tmp_path / name).iterdir()
+        assert {path.name for path in folder.iterdir()} == {
+            "metrics.jsonl",
+            "summary.json",
+            "accuracy.png",
+            "timeline-cloned-kd.png",
+        }
+    assert found[0][:9] == found[1]
+    settings = Settings(core_epochs=6, edge_epochs=4, distill_epochs=4, seed=5)
+    cloned = [row for row in found[0] if row["strategy"] == "cloned-kd"]
+    assert [row["edge"] for row in cloned] == [str(edge) for edge in range(9)]
+    for row, expected in zip(cloned, plain_accuracies(settings), strict=True):
+        assert {key: row[key] for key in expected} == expected
+    assert [row["strategy"] for row in found[0][9:]] == ["fedavg", "fedprox"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("variant='CEN'", "run-config variant: expected one of IsPP, IPP"),
+        ("varaint='CEM'", "run-config varaint: expected a known key (variant)"),
+        ("lr=", "--run-config: expected key=value pairs, got 'lr='"),
+        ("model=resnet-8", "--run-config model=resnet-8"),
+    ],
+)
+def test_a_wrong_setting_is_found_before_anything_starts(config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runner().check(EXAMPLES / "quickstart_digits", runner().parse(["seed=1", config]))
+
+
+def started(monkeypatch, *arguments):
+    """What the runner would simulate: (settings as Flower would read them, its resources)."""
+    script, found = runner(), []
+
+    def simulate(app, overrides, resources, home):
+        found.append((parse_config_args([overrides]), resources))
+        return "finished:failed", ["stopped by the test"]
+
+    monkeypatch.setattr(script, "simulate", simulate)
+    monkeypatch.setattr(sys, "argv", ["run.py", "quickstart_digits", *map(str, arguments)])
+    code = script.main()
+    return found[0] if found else code
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*/README.md")), ids=lambda p: p.parent.name)
+def test_an_example_is_installed_from_this_repository(page):
+    commands = re.findall(r"^pip install .*$", page.read_text(), re.M)
+    assert commands
+    assert all(re.fullmatch(r'pip install -e "\.\./\.\.\[[a-z,]+\]"', line) for line in commands)
+
+
+def test_the_runner_takes_edges_and_results_from_the_run_config(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config, resources = started(monkeypatch, "--run-config", "num-edges=5 results='/tmp/x' seed=3")
+    assert config == {"num-edges": 5, "results": "/tmp/x", "seed": 3}
+    assert resources["num-supernodes"] == 5
+    config, resources = started(monkeypatch, "--run-config", "num-edges=5", "--num-edges", 4)
+    assert (config["num-edges"], resources["num-supernodes"]) == (4, 4)
+    config, resources = started(monkeypatch, "--results", "there")
+    assert config == {"results": str(tmp_path / "there")}
+    assert resources["num-supernodes"] == 9
+    assert started(monkeypatch)[0] == {"results": str(tmp_path / "results")}
+
+
+def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
+    (tmp_path / "mine.toml").write_text("num-edges = 3\nlr = 0.05\ncuda-graphs = true\n")
+    file = tmp_path / "mine.toml"
+    config, _ = started(monkeypatch, "--run-config", file, "--run-config", "lr=0.1")
+    config.pop("results")
+    assert config == {"num-edges": 3, "lr": 0.1, "cuda-graphs": True}
+
+
+def test_a_path_with_an_apostrophe_arrives_as_it_is(monkeypatch, tmp_path):
+    config, _ = started(monkeypatch, "--results", tmp_path / "Ann's")
+    assert config["results"] == str(tmp_path / "Ann's")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run-config", "gone.toml"], "--run-config gone.toml: [Errno 2] No such file"),
+        (["--results", 'Ann\'s "x"'], "results: expected one kind of quotes at most"),
+        (["--num-edges", "0"], "run-config num-edges: expected at least 1, got 0"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, arguments, message):
+    assert started(monkeypatch, *arguments) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
+
+
+def test_a_wrong_setting_ends_the_runner(tmp_path):
+    result = run_app(tmp_path, "varaint='CEM'")
+    assert result.returncode == 2
+    assert "run-config varaint: expected a known key (variant)" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.simulation
+def test_a_run_that_fails_inside_the_app_exits_with_its_cause(tmp_path):
+    result = run_app(tmp_path, "dataset='npz' data-path='/nowhere/x.npz'")
+    assert result.returncode == 1
+    assert "The run failed (finished:failed)" in result.stderr
+    assert "No such file or directory: '/nowhere/x.npz'" in result.stderr
+
+
+SIMULATION = """
+from flwr.app import ArrayRecord
+from flwr.serverapp import ServerApp
+from flwr.simulation import run_simulation
+from tests.helpers.federation import app, small_core
+from flwr_cloned_kd import ClonedKD
+
+server = ServerApp()
+
+@server.main()
+def main(grid, context):
+    core = small_core()
+    tell = lambda row: print(row["edge"], row["accepted"])
+    strategy = ClonedKD(core, num_clones=2, on_round=tell)
+    strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=3, timeout=120)
+    print("version", strategy.state.version)
+
+if __name__ == "__main__":
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server, app(), num_supernodes=3, backend_config=resources)
+"""
+
+
+@pytest.mark.simulation
+def test_a_ray_simulation_absorbs_every_edge(tmp_path):
+    script = tmp_path / "simulate.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\n{SIMULATION}")
+    result = run(script)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for line in ("0 1.0", "1 1.0", "2 1.0", "version 3"):
+        assert line in result.stdout
+
+
+def test_the_loop_without_flower_runs():
+    result = run(
+        EXAMPLES / "algorithm1.py", "--epochs", "2", "--core-epochs", "2", "--num-edges", "2"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("core") >= 3
+
+
+def test_the_loop_without_flower_explains_itself():
+    result = run(EXAMPLES / "algorithm1.py", "--help")
+    assert result.returncode == 0
+    assert "--variant" in result.stdout
+
+
+def test_seeds_of_one_purpose_do_not_collide_with_another():
+    assert len({fold_in(0, "phase-1", 1), fold_in(0, "phase-2", 1), edge_seed(1, 1)}) == 3
+    assert edge_seed(0, 1) == fold_in(0, "phase-1", 1)
+
+
+def test_an_edge_of_the_deployment_splits_the_data_as_its_server_does(monkeypatch):
+    """Whatever num-partitions says: split into two, edge 0 would hold rows of the core's third."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(str(EXAMPLES / "deployment"))
+    make = importlib.import_module("deployment.client_app").client_fn
+    part = importlib.import_module("deployment.task").part
+    config = {"num-edges": 3, "edge-epochs": 1, "seed": 4}
+
+    def edge(partition):
+        node = {"partition-id": partition, "num-partitions": 2}
+        return make(Context(1, 5, node, RecordDict(), config))
+
+    for partition in range(3):
+        inputs, labels = part(1 + partition, 3, 4)
+        assert torch.equal(edge(partition).dataset[0], inputs)
+        assert torch.equal(edge(partition).dataset[1], labels)
+    with pytest.raises(ValueError, match=r"partition-id: expected below num-edges \(3\), got 3"):
+        edge(3)

@@ -1,0 +1,210 @@
+"""The edge's side, through both of Flower's APIs."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.client import Client, NumPyClient
+from flwr.common import Array
+
+from flwr_cloned_kd import (
+    EdgeClient,
+    Recipe,
+    clone,
+    digits_cnn,
+    edge_app,
+    fit,
+    fold_in,
+    member,
+    take,
+    train_edge,
+)
+from tests.helpers.federation import PARTS, RECIPE, TRAIN, app, edge_client
+
+
+def context(**node_config):
+    return Context(1, 100, node_config, RecordDict(), {})
+
+
+def ask(content, kind="train", client_app=None, **node_config):
+    message = Message(RecordDict(content), dst_node_id=100, message_type=kind)
+    message.metadata.__dict__["_message_id"] = "id"
+    return (client_app or app())(message, context(**({"partition-id": 0} | node_config)))
+
+
+def arrays():
+    return ArrayRecord(digits_cnn().state_dict())
+
+
+def test_a_request_for_clones_is_answered_with_an_ensemble():
+    config = ConfigRecord({"num-clones": 2, "seed": 5, "server-round": 1})
+    reply = ask({"arrays": arrays(), "config": config})
+    expected = train_edge(
+        digits_cnn(), digits_cnn().state_dict(), take(TRAIN, PARTS[1]), RECIPE, num_clones=2, seed=5
+    )
+    found = reply.content["arrays"].to_torch_state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert reply.content["metrics"]["num-examples"] == 60
+    assert reply.content["metrics"]["train-seconds"] > 0
+
+
+def test_a_request_without_clones_is_answered_with_a_plain_model():
+    reply = ask({"arrays": arrays(), "config": ConfigRecord({"server-round": 1})})
+    shapes = {name: tuple(a.numpy().shape) for name, a in reply.content["arrays"].items()}
+    assert shapes == {name: tuple(t.shape) for name, t in digits_cnn().state_dict().items()}
+
+
+def test_the_usual_client_fn_that_returns_to_client_is_fine_too():
+    usual = edge_app(lambda context: edge_client(0).to_client())
+    reply = ask({"arrays": arrays(), "config": ConfigRecord({"seed": 5})}, client_app=usual)
+    plain = ask({"arrays": arrays(), "config": ConfigRecord({"seed": 5})})
+    assert dict(reply.content["arrays"]) == dict(plain.content["arrays"])
+    reply = ask({"arrays": arrays()}, "evaluate", client_app=usual)
+    assert reply.content["metrics"]["num-examples"] == 60
+
+
+def test_a_client_that_sees_no_arrays_is_named():
+    class Bare(Client):
+        pass
+
+    with pytest.raises(TypeError, match="client_fn: expected a NumPyClient, got Bare"):
+        ask({"arrays": arrays()}, client_app=edge_app(lambda context: Bare()))
+
+
+def test_another_number_of_arrays_is_told_with_both_numbers():
+    class Short(NumPyClient):
+        def fit(self, parameters, config):
+            return parameters[:-2], 1, {}
+
+    count = len(digits_cnn().state_dict())
+    with pytest.raises(ValueError, match=f"reply: expected {count} arrays, got {count - 2}"):
+        ask({"arrays": arrays()}, client_app=edge_app(lambda context: Short()))
+
+
+def test_a_request_without_any_config_is_answered_too():
+    assert "arrays" in ask({"arrays": arrays()}).content
+
+
+def test_rounds_without_a_seed_draw_differently_and_reproducibly():
+    def train(server_round):
+        config = ConfigRecord({"server-round": server_round})
+        return ask({"arrays": arrays(), "config": config}).content["arrays"]["conv.weight"].numpy()
+
+    assert np.array_equal(train(1), train(1))
+    assert not np.array_equal(train(1), train(2))
+
+
+def test_the_servers_proximal_mu_is_used():
+    config = {"proximal-mu": 0.5, "seed": 3}
+    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    found, _, _ = edge_client(0).fit(parameters, config)
+    recipe = Recipe(epochs=2, batch_size=32, proximal_mu=0.5)
+    start = clone(digits_cnn().state_dict(), 1)
+    expected = member(fit(digits_cnn(), start, take(TRAIN, PARTS[1]), recipe, seed=3), 0)
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(found, expected.values()))
+
+
+def test_counters_that_fedavg_averaged_into_floats_are_taken():
+    parameters = [t.double().numpy() for t in digits_cnn().state_dict().values()]
+    found, _, _ = edge_client(0).fit(parameters, {})
+    kinds = [a.dtype for a in found]
+    assert kinds == [t.numpy().dtype for t in digits_cnn().state_dict().values()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[:-1], "parameters: expected 44 arrays, got 43"),
+        (lambda p: [p[0][:1], *p[1:]], "conv.weight: expected shape"),
+        (lambda p: [p[0] * np.nan, *p[1:]], "conv.weight: expected finite values"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(change, message):
+    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    with pytest.raises(ValueError, match=message):
+        edge_client(0).fit(change(parameters), {})
+
+
+@pytest.mark.parametrize("num_clones", [0, -1, 17])
+def test_more_clones_than_agreed_are_refused(num_clones):
+    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    with pytest.raises(ValueError, match="num-clones: expected 1 to 16"):
+        edge_client(0).fit(parameters, {"num-clones": num_clones})
+
+
+def test_evaluation_reports_loss_and_accuracy():
+    reply = ask({"arrays": arrays()}, "evaluate")
+    metrics = reply.content["metrics"]
+    assert metrics["num-examples"] == 60
+    assert 0 <= metrics["accuracy"] <= 1
+    assert metrics["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("node_config", "edge"),
+    [({}, "0"), ({"partition-id": 4}, "4"), ({"name": "clinic", "partition-id": 4}, "clinic")],
+)
+def test_a_query_is_answered_with_who_the_edge_is(node_config, edge):
+    reply = ask({}, "query", **node_config)
+    assert reply.content["config"]["edge"] == edge
+
+
+def legacy_request(config):
+    """What a server on `ServerAppComponents` sends: unnamed arrays without headers."""
+    tensors = digits_cnn().state_dict().values()
+    record = {}
+    for index, tensor in enumerate(tensors):
+        array = Array(tensor.numpy())
+        record[str(index)] = Array(dtype="", shape=(), stype=array.stype, data=array.data)
+    return {"fitins.parameters": ArrayRecord(record), "fitins.config": ConfigRecord(config)}
+
+
+def test_a_legacy_request_is_answered_in_legacy_form():
+    reply = ask(legacy_request({"num-clones": 2, "seed": 5}))
+    content = reply.content
+    assert content["fitres.num_examples"]["num_examples"] == 60
+    assert content["fitres.status"]["code"] == 0
+    modern = ask({"arrays": arrays(), "config": ConfigRecord({"num-clones": 2, "seed": 5})})
+    legacy = [a.numpy() for a in content["fitres.parameters"].values()]
+    assert all(
+        np.array_equal(a, b.numpy()) for a, b in zip(legacy, modern.content["arrays"].values())
+    )
+
+
+def test_any_numpy_client_becomes_an_app():
+    class Doubling(NumPyClient):
+        def fit(self, parameters, config):
+            return [2 * p for p in parameters], 3, {"note": "text is dropped", "loss": 1.5}
+
+    doubling = edge_app(lambda context: Doubling())
+    reply = ask({"arrays": ArrayRecord({"w": Array(np.ones(2))})}, client_app=doubling)
+    assert reply.content["arrays"]["w"].numpy().tolist() == [2, 2]
+    assert dict(reply.content["metrics"]) == {"num-examples": 3, "loss": 1.5}
+
+
+def test_client_mods_wrap_both_apis():
+    seen = []
+
+    def spy(message, context, call_next):
+        seen.append(sorted(message.content))
+        return call_next(message, context)
+
+    spied = edge_app(lambda context: edge_client(0), mods=[spy])
+    ask({"arrays": arrays()}, client_app=spied)
+    ask(legacy_request({}), client_app=spied)
+    assert seen == [["arrays"], ["fitins.config", "fitins.parameters"]]
+
+
+def test_an_edge_without_a_seed_from_the_server_uses_its_own():
+    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    data = take(TRAIN, PARTS[1])
+    found, _, _ = EdgeClient(digits_cnn(), data, RECIPE, seed=9).fit(
+        parameters, {"server-round": 2}
+    )
+    same, _, _ = EdgeClient(digits_cnn(), data, RECIPE).fit(parameters, {"seed": fold_in(9, 2)})
+    assert all(np.array_equal(a, b) for a, b in zip(found, same))
+
+
+def test_metrics_of_the_reply_are_a_metric_record():
+    assert isinstance(ask({"arrays": arrays()}).content["metrics"], MetricRecord)

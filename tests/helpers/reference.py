@@ -1,0 +1,223 @@
+"""Slow twins: the same algorithm as a textbook writes it, one model and one term at a time.
+
+Nothing here imports the engine, the losses or the core, so that a shared mistake is unlikely.
+"""
+
+import copy
+
+import torch
+from hypothesis import settings
+from torch import nn
+from torch.nn import functional as F
+
+from flwr_cloned_kd.engine.ensemble import seeded
+from flwr_cloned_kd.engine.recipe import Epoch, fold_in
+
+few = settings(max_examples=20, deadline=None, derandomize=True)
+
+# Two computations of the same sums in another order part by float32's rounding, 6e-8 relative,
+# which 20 steps amplify: at most 3e-6 was seen in 288 runs, in weights of about 1. A wrong step is
+# off by 1e-3 or more. The models below are smooth, because at the kink of a ReLU rounding can turn
+# a gradient off; and no batch should have two samples, since BatchNorm divides their difference
+# by itself.
+ROUNDING = 2e-5
+
+
+def mlp(between=None, *, seed=1):
+    between = nn.Identity() if between is None else between
+    layers = [nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(), between]
+    return seeded(nn.Sequential(*layers, nn.Linear(8, 3)), seed)
+
+
+def cnn(*, seed=1):
+    first = [nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Tanh()]
+    second = [nn.Conv2d(4, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.Tanh()]
+    return seeded(nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(36, 3)), seed)
+
+
+def images(num_samples, *, num_classes=3, seed=0):
+    """Make a dataset that can be learned: 8x8 grey noise around one pattern per class."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(num_classes, 1, 8, 8, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(num_samples) % num_classes
+    noise = torch.randn(num_samples, 1, 8, 8, generator=generator)
+    return patterns[labels] + noise, labels
+
+
+def snapshot(params):
+    return {name: tensor.detach().clone() for name, tensor in params.items()}
+
+
+def same_bits(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def distance(left, right):
+    """Return the largest absolute difference of any two numbers."""
+    assert left.keys() == right.keys()
+    return max((left[n].double() - right[n].double()).abs().max().item() for n in left)
+
+
+def cross_entropy(logits, inputs, labels):
+    return F.cross_entropy(logits, labels)
+
+
+def epoch_batches(dataset, recipe, generator, epoch=0, view_seed=None):
+    """Draw by the documented rule: a permutation, all views if the augmentation has finitely many,
+
+    then per batch the augmentation if it has not, and the noise. With `view_seed` the views of an
+    epoch are drawn from that seed and the epoch's number.
+    """
+    inputs, labels = dataset
+    order = torch.randperm(len(inputs), generator=generator)
+    views = None
+    if hasattr(recipe.augment, "view"):
+        if view_seed is not None:
+            of_epoch = torch.Generator().manual_seed(fold_in(view_seed, "views", epoch))
+        views = recipe.augment.draw(len(inputs), generator if view_seed is None else of_epoch)
+    for rows in order.split(recipe.batch_size):
+        if len(rows) == 1 and 1 < recipe.batch_size < len(inputs):
+            continue
+        x, y = inputs[rows], labels[rows]
+        if views is not None:
+            x = recipe.augment.view(x, views[rows])
+        elif recipe.augment is not None:
+            x = recipe.augment(x, generator)
+        if recipe.label_noise is not None:
+            y = recipe.label_noise(y, generator)
+        yield x, y
+
+
+def train(
+    model,
+    params,
+    dataset,
+    recipe,
+    *,
+    seed=0,
+    clone=0,
+    loss=cross_entropy,
+    fused=False,
+    history=(),
+    view_seed=None,
+):
+    """Train one model by plain SGD with the draws of clone `clone`; return its state dict.
+
+    Args:
+        fused: PyTorch's fused kernel rounds its multiply-adds once, the textbook one twice.
+        history: a list that receives the mean loss and accuracy of every epoch.
+    """
+    model = copy.deepcopy(model).train()
+    model.load_state_dict(params)
+    generator = torch.Generator().manual_seed(fold_in(seed, clone))
+    start = [weight.detach().clone() for weight in model.parameters()]
+    optimiser = torch.optim.SGD(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=fused,
+    )
+    counting = torch.Generator().manual_seed(0)
+    num_batches = len(list(epoch_batches(dataset, recipe, counting)))
+    epochs, step = [], 0
+    for epoch in range(recipe.epochs):
+        losses = correct = count = 0
+        for x, y in epoch_batches(dataset, recipe, generator, epoch, view_seed):
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.lr * recipe.schedule(step / (recipe.epochs * num_batches))
+            logits = model(x)
+            value = objective = loss(logits, x, y)
+            if recipe.proximal_mu:
+                moved = zip(model.parameters(), start)
+                squares = sum(((weight - origin) ** 2).sum() for weight, origin in moved)
+                objective = value + recipe.proximal_mu / 2 * squares
+            optimiser.zero_grad()
+            objective.backward()
+            optimiser.step()
+            step += 1
+            losses += value.item() * len(y)
+            correct += (logits.argmax(1) == y).sum().item()
+            count += len(y)
+        epochs.append(Epoch(losses / count, correct / count))
+        if recipe.stop is not None and recipe.stop(epochs):
+            break
+    if isinstance(history, list):
+        history.extend(epochs)
+    return snapshot(model.state_dict())
+
+
+def divergences(
+    logits, labels, teachers, weights, temperature, student_temperature=None, selection=None
+):
+    """Eq. (2) with every divergence on its own: `teachers[m][e]` are logits `[B, C]`.
+
+    With a selection, the divergence of a sample counts as much as the ensemble teaches of it.
+    """
+    divisor = temperature if student_temperature is None else student_temperature
+    total = F.cross_entropy(logits, labels)
+    for weight, ensemble in zip(weights, teachers):
+        tempered = [F.softmax(teacher / temperature, dim=1) for teacher in ensemble]
+        taught = torch.ones(len(labels))
+        if selection is not None:
+            taught = selection(sum(tempered) / len(tempered), labels)
+        for target in tempered:
+            each = F.kl_div(F.log_softmax(logits / divisor, dim=1), target, reduction="none")
+            divergence = (taught * each.sum(1)).mean()
+            total = total + temperature**2 * weight / len(ensemble) * divergence
+    return total
+
+
+def phase2(
+    model, core, memory, dataset, distillation, *, seed, weights=None, start=None, core_seed=0
+):
+    """Phase 2 as a plain loop; every teacher is run again at every step.
+
+    Args:
+        memory: the ensembles that teach, tensors `[E, ...]`.
+        start: where the student starts; None is the core.
+    """
+    weights = [1.0] * len(memory) if weights is None else list(weights)
+    if distillation.mean_over_memory:
+        weights = [weight / len(memory) for weight in weights]
+    members = [
+        [{name: tensor[e] for name, tensor in ensemble.items()} for e in range(_size(ensemble))]
+        for ensemble in memory
+    ]
+    if distillation.core_as_teacher:
+        members, weights = [*members, [core]], [*weights, 1.0]
+    teachers = [[_loaded(model, params) for params in ensemble] for ensemble in members]
+
+    def loss(logits, inputs, labels):
+        with torch.no_grad():
+            predictions = [[teacher(inputs) for teacher in ensemble] for ensemble in teachers]
+        return divergences(
+            logits,
+            labels,
+            predictions,
+            weights,
+            distillation.temperature,
+            distillation.student_temperature,
+            distillation.selection,
+        )
+
+    params = core if start is None else start
+    return train(
+        model,
+        params,
+        dataset,
+        distillation.recipe,
+        seed=seed,
+        loss=loss,
+        view_seed=fold_in(core_seed, "phase-2-views"),
+    )
+
+
+def _size(ensemble):
+    return len(next(iter(ensemble.values())))
+
+
+def _loaded(model, params):
+    teacher = copy.deepcopy(model).eval()
+    teacher.load_state_dict(params)
+    return teacher

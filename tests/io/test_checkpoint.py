@@ -1,0 +1,418 @@
+"""Nothing is lost: what is written can be read, or it is said why not; a run goes on from there."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from flwr_cloned_kd import ClonedKD, Core, correct, retained
+from flwr_cloned_kd.io import checkpoint as file
+from flwr_cloned_kd.method.variants import scratch
+from tests.helpers import victim
+from tests.helpers.fake_grid import FakeGrid
+from tests.helpers.federation import NOTHING, Tally, adds
+from tests.helpers.reference import same_bits
+
+TENSORS = {
+    "z/w": torch.arange(6.0).reshape(2, 3),
+    "count": torch.tensor(7),
+    "none": torch.zeros(0, 4),
+    "mask": torch.tensor([True, False]),
+}
+HEADER = {"text": "é", "numbers": [1, 0.1, 1e-300], "nested": {"k": None}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "core.ckpt"
+
+
+def test_what_is_written_is_read_bit_for_bit(path):
+    file.write(path, TENSORS, HEADER)
+    tensors, header = file.read(path)
+    assert header == HEADER
+    assert list(tensors) == list(TENSORS)  # in this order
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert [p.name for p in path.parent.iterdir()] == ["core.ckpt"]
+
+
+def test_tensors_that_share_their_memory_can_be_written(path):
+    whole = torch.arange(6.0)
+    file.write(path, {"whole": whole, "part": whole[2:4], "across": whole.view(2, 3).T}, {})
+    assert torch.equal(file.read(path)[0]["across"], whole.view(2, 3).T)
+
+
+def test_the_one_before_is_kept(path):
+    for number in range(3):
+        file.write(path, {"n": torch.tensor(number)}, {})
+    assert file.read(path)[0]["n"] == 2
+    assert file.read(file.previous(path))[0]["n"] == 1
+
+
+def test_without_hard_links_the_one_before_is_kept_too(path, monkeypatch):
+    def no_links(*names):
+        raise OSError("not supported")
+
+    monkeypatch.setattr("os.link", no_links)
+    for number in range(3):
+        file.write(path, {"n": torch.tensor(number)}, {})
+    assert file.read(path)[0]["n"] == 2
+    assert file.read(file.previous(path))[0]["n"] == 1
+
+
+def test_a_file_cut_anywhere_is_damaged(path):
+    file.write(path, TENSORS, HEADER)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(file.Damaged, match=r"core\.ckpt: expected"):
+            file.read(path)
+
+
+def test_a_file_with_any_byte_changed_is_refused(path):
+    file.write(path, TENSORS, HEADER)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            tensors, header = file.read(path)
+        except ValueError:
+            continue
+        # A flip that changes nothing that is read: a letter of safetensors' own padding.
+        assert header == HEADER
+        assert same_bits(tensors, TENSORS)
+
+
+def test_what_is_no_checkpoint_is_said_to_be_none(path):
+    path.write_text("epoch,loss\n1,0.5\n" * 10)
+    with pytest.raises(ValueError, match="expected a flwr-cloned-kd checkpoint, got 170 bytes"):
+        file.newest(path)
+    save_file({"w": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="got another kind of safetensors file"):
+        file.newest(path)
+
+
+def test_a_newer_format_is_refused_even_if_there_is_an_older_file(path):
+    file.write(path, TENSORS, HEADER)
+    file.write(path, TENSORS, HEADER)
+    save_file({}, path, {"kind": file.KIND, "format": "2"})
+    with pytest.raises(ValueError, match=r"core\.ckpt: expected checkpoint format 1, got 2"):
+        file.newest(path)
+
+
+def test_a_damaged_file_is_set_aside_and_the_one_before_used(path):
+    for number in range(2):
+        file.write(path, {"n": torch.tensor(number)}, {})
+    path.write_bytes(path.read_bytes()[:-1])
+    tensors, _, cause = file.newest(path)
+    assert tensors["n"] == 0
+    assert "truncated" in cause
+    # The next write does not replace the good one by the damaged one.
+    file.write(path, {"n": torch.tensor(5)}, {})
+    assert file.read(file.previous(path))[0]["n"] == 0
+    assert path.with_name("core.ckpt.damaged").exists()
+
+
+def test_none_is_none(path):
+    assert file.newest(path) is None
+
+
+class Kept(Tally):
+    """The tally that can be written down, and stops as if killed before a round."""
+
+    def __init__(self, *args, stop_before=10**9, **options):
+        super().__init__(*args, **options)
+        self.stop_before = stop_before
+
+    def absorb(self, dispatch, content):
+        if len(self.history) + 1 == self.stop_before:
+            raise KeyboardInterrupt
+        return super().absorb(dispatch, content)
+
+    def state_dict(self):
+        return {"w": torch.tensor(self.w, dtype=torch.float64)}, {}
+
+    def load_state_dict(self, tensors, state):
+        self.w = float(tensors["w"])
+
+
+def interrupted(path, nodes, stop_before, **options):
+    grid = FakeGrid(nodes)
+    with pytest.raises(KeyboardInterrupt):
+        Kept(checkpoint=path, stop_before=stop_before, **options).start(grid, NOTHING, 9)
+    return grid
+
+
+def test_a_run_goes_on_where_it_stopped(path, flower_log):
+    nodes = [adds(i) for i in range(1, 10)]
+    interrupted(path, nodes, stop_before=5)
+    strategy, grid = Kept(checkpoint=path), FakeGrid(nodes)
+    result = strategy.start(grid, NOTHING, num_rounds=9)
+    assert strategy.w == 45
+    assert strategy.version == 9
+    assert grid.trained() == [104, 105, 106, 107, 108]
+    assert sorted(result.train_metrics_clientapp) == list(range(1, 10))
+    assert [row["round"] for row in strategy.history] == list(range(1, 10))
+    assert [row["number"] for row in strategy.history] == list(range(1, 10))
+    assert [row["time"] for row in strategy.history] == sorted(r["time"] for r in strategy.history)
+    text = "\n".join(flower_log)
+    assert f"Resuming from {path} after 4 rounds; the initial arrays are not used" in text
+
+
+def test_edges_that_were_in_flight_are_asked_again_under_their_old_numbers(path):
+    nodes = [adds(i) for i in range(1, 10)]
+    before = interrupted(path, nodes, stop_before=4, max_in_flight=3)
+    strategy, grid = Kept(checkpoint=path, max_in_flight=3), FakeGrid(nodes)
+    strategy.start(grid, NOTHING, num_rounds=9)
+    assert strategy.w == 45  # each edge counts once
+    assert sorted(row["edge"] for row in strategy.history) == [str(i) for i in range(1, 10)]
+    assert sorted(row["number"] for row in strategy.history) == list(range(1, 10))
+    assert set(before.trained()) & set(grid.trained())  # some were asked twice
+
+
+def test_a_finished_run_returns_at_once(path):
+    nodes = [adds(1), adds(2)]
+    Kept(checkpoint=path).start(FakeGrid(nodes), NOTHING, num_rounds=2)
+    grid = FakeGrid(nodes)
+    strategy = Kept(checkpoint=path)
+    result = strategy.start(grid, NOTHING, num_rounds=2)
+    assert grid.pushed == []
+    assert float(result.arrays["w"].numpy()) == 3
+    assert len(result.train_metrics_clientapp) == 2
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(path):
+    nodes = [adds(1), adds(2), adds(4)]
+    Kept(checkpoint=path).start(FakeGrid(nodes), NOTHING, num_rounds=2)
+    strategy = Kept(checkpoint=path)
+    strategy.start(FakeGrid(nodes), NOTHING, num_rounds=3)
+    assert strategy.w == 7
+
+
+def test_the_header_does_not_grow_with_the_rounds(path):
+    """The format allows it 100 MB, which at 700 bytes a round a long run would reach."""
+
+    def header_bytes():
+        return int.from_bytes(path.read_bytes()[:8], "little")
+
+    options = {"checkpoint": path, "revisit": True}
+    Kept(**options).start(FakeGrid([adds(1)]), NOTHING, num_rounds=10)
+    before, whole = header_bytes(), path.stat().st_size
+    Kept(**options).start(FakeGrid([adds(1)]), NOTHING, num_rounds=60)
+    assert path.stat().st_size > whole + 50 * 200
+    assert header_bytes() <= before + 32  # numbers with more digits, padding
+
+
+def test_a_file_without_the_rounds_of_the_run_is_refused(path):
+    Kept(checkpoint=path).start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    tensors, header = file.read(path)
+    del tensors["run/rounds"]
+    file.write(path, tensors, header)
+    with pytest.raises(ValueError, match=r"expected a complete header, got KeyError.'run/rounds'"):
+        start_from(path, Kept(checkpoint=path))
+
+
+def test_evaluations_are_kept(path):
+    def evaluate(server_round, arrays):
+        from flwr.app import MetricRecord
+
+        return MetricRecord({"w": float(arrays["w"].numpy())})
+
+    nodes = [adds(1), adds(2)]
+    first = Kept(checkpoint=path).start(FakeGrid(nodes), NOTHING, 2, evaluate_fn=evaluate)
+    again = Kept(checkpoint=path).start(FakeGrid(nodes), NOTHING, 2, evaluate_fn=evaluate)
+    assert again.evaluate_metrics_serverapp == first.evaluate_metrics_serverapp
+    assert sorted(again.evaluate_metrics_serverapp) == [0, 1, 2]
+
+
+def test_the_previous_file_is_used_with_a_warning(path, flower_log):
+    nodes = [adds(1), adds(2), adds(4)]
+    interrupted(path, nodes, stop_before=3)
+    path.write_bytes(b"\0" * 50)
+    strategy = Kept(checkpoint=path)
+    strategy.start(FakeGrid(nodes), NOTHING, num_rounds=3)
+    assert strategy.w == 7
+    assert any("taking core.ckpt.previous instead" in line for line in flower_log)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(path, monkeypatch, flower_log):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file, "save_file", full)
+    strategy = Kept(checkpoint=path)
+    strategy.start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    assert strategy.w == 1
+    assert any("No checkpoint after round 1" in line for line in flower_log)
+
+
+def test_a_strategy_without_a_state_dict_is_told_so_before_it_runs(path):
+    with pytest.raises(ValueError, match=r"expected Tally to have state_dict\(\)"):
+        Tally(checkpoint=path)
+
+
+def test_a_refused_round_is_kept_too(path):
+    def nothing(message, context):
+        if message.metadata.message_type == "query":
+            return adds(5)(message, context)
+        raise MemoryError("out of memory")
+
+    Kept(checkpoint=path).start(FakeGrid([nothing]), NOTHING, num_rounds=1)
+    strategy, grid = Kept(checkpoint=path), FakeGrid([nothing, adds(2)])
+    strategy.start(grid, NOTHING, num_rounds=2)
+    assert [row["accepted"] for row in strategy.history] == [0, 1]
+    assert grid.trained() == [101]
+
+
+def start_from(path, strategy):
+    return strategy.start(FakeGrid([adds(1)]), NOTHING, num_rounds=9)
+
+
+@pytest.fixture
+def written(path):
+    victim.run(victim.make(path), 2)
+    return path
+
+
+def test_cloned_kd_takes_over_core_memory_and_what_it_knows(written):
+    strategy, straight = victim.make(written), victim.make()
+    victim.run(straight, 2)
+    victim.run(strategy, 2)
+    assert strategy.state.version == 2
+    assert strategy.state.train_accuracy == straight.state.train_accuracy
+    assert strategy.state.memory_weights == straight.state.memory_weights
+    for ours, theirs in zip(
+        (strategy.state.params, *strategy.state.memory),
+        (straight.state.params, *straight.state.memory),
+        strict=True,
+    ):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_another_model_seed_number_of_clones_or_strategy_is_named(written):
+    core = victim.make().core
+    bigger = Core(model=nn.Linear(5, 3), dataset=core.dataset, distillation=core.distillation,
+                  seed=3)  # fmt: skip
+    with pytest.raises(ValueError, match=r"core\.ckpt: weight: expected shape \(3, 5\)"):
+        start_from(written, ClonedKD(bigger, num_clones=2, checkpoint=written))
+    with pytest.raises(ValueError, match=r"core\.ckpt: num_clones: expected 3, got 2"):
+        start_from(written, ClonedKD(core, num_clones=3, checkpoint=written))
+    other = Core(model=core.model, dataset=core.dataset, seed=4)
+    with pytest.raises(ValueError, match=r"core\.ckpt: seed: expected 4, got 3"):
+        start_from(written, ClonedKD(other, num_clones=2, checkpoint=written))
+    with pytest.raises(ValueError, match=r"core\.ckpt: strategy: expected Kept, got ClonedKD"):
+        start_from(written, Kept(checkpoint=written))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"temperature": 2.0}, r"temperature: expected 2\.0, got 4\.0"),
+        ({"student_temperature": 1.0}, r"student_temperature: expected 1\.0, got None"),
+        ({"student_start": 0.5}, r"student_start: expected 0\.5, got 0\.0"),
+        ({"student_start": retained}, r"student_start: expected retained, got 0\.0"),
+        ({"selection": correct}, "selection: expected correct, got None"),
+        ({"memory_size": 7}, "memory_size: expected 7, got 3"),
+        ({"mean_over_memory": True}, "mean_over_memory: expected True, got False"),
+        ({"core_as_teacher": True}, "core_as_teacher: expected True, got False"),
+        ({"lr": 0.3}, r"lr: expected 0\.3, got"),
+        ({"epochs": 77}, "epochs: expected 77, got"),
+    ],
+)
+def test_another_distillation_is_named(written, change, expected):
+    core = victim.make().core
+    name = next(iter(change))
+    how = core.distillation
+    if hasattr(how, name):
+        how = replace(how, **change)
+    else:
+        how = replace(how, recipe=replace(how.recipe, **change))
+    other = ClonedKD(replace(core, distillation=how), num_clones=2, checkpoint=written)
+    with pytest.raises(ValueError, match=rf"core\.ckpt: {expected}"):
+        start_from(written, other)
+
+
+def test_another_start_of_the_edges_is_named(written):
+    core = victim.make().core
+    other = ClonedKD(core, num_clones=2, send=scratch(core), checkpoint=written)
+    with pytest.raises(ValueError, match=r"core\.ckpt: send: expected scratch.*, got cloned"):
+        start_from(written, other)
+
+
+def test_a_longer_run_may_ask_edges_again(path):
+    nodes = [adds(1), adds(2)]
+    Kept(checkpoint=path).start(FakeGrid(nodes), NOTHING, num_rounds=2)
+    strategy = Kept(checkpoint=path, revisit=True)
+    strategy.start(FakeGrid(nodes), NOTHING, num_rounds=3)
+    assert strategy.w == 4
+    assert [row["edge"] for row in strategy.history] == ["1", "2", "1"]
+
+
+def test_a_header_that_lacks_something_is_named(written):
+    tensors, header = file.read(written)
+    del header["state"]["train_accuracy"]
+    file.write(written, tensors, header)
+    with pytest.raises(ValueError, match=r"core\.ckpt: expected a complete header, got KeyError"):
+        start_from(written, victim.make(written))
+
+
+@pytest.fixture(scope="module")
+def killer():
+    """Run the victim as a process that forks: torch is imported once."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(victim.__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**__import__("os").environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    def order(checkpoint, kill_at=None):
+        content = {"checkpoint": str(checkpoint), "rounds": 4, "kill_at": kill_at}
+        process.stdin.write(json.dumps(content) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield order
+    process.stdin.close()
+    process.wait(30)
+    process.stdout.close()
+
+
+def test_killed_at_twenty_random_instants_a_run_ends_with_the_same_bits(killer, tmp_path):
+    """Six of them while a checkpoint is written, where a file could be half there."""
+    straight = killer(tmp_path / "straight.ckpt")
+    assert straight["status"] == 0
+    assert len(straight["history"]) == 4
+    draw = random.Random(2010)
+    writes = list(zip(straight["writing"][::2], straight["writing"][1::2]))
+    assert len(writes) == 4
+    instants = [draw.randrange(1, straight["count"] * 99 // 100) for _ in range(14)]
+    instants += [draw.randrange(*draw.choice(writes)) for _ in range(6)]
+    for number, kill_at in enumerate(instants):
+        path = tmp_path / f"{number}.ckpt"
+        assert killer(path, kill_at)["status"] == -9
+        resumed = killer(path)
+        for what in ("status", "digest", "history", "rounds"):
+            assert resumed[what] == straight[what], (kill_at, what)
+
+
+def test_killed_again_and_again_a_run_still_gets_there(killer, tmp_path):
+    straight, path = killer(tmp_path / "straight.ckpt"), tmp_path / "often.ckpt"
+    first_write_ends = straight["writing"][1]
+    for _ in range(3):
+        # Each life is long enough for one round and dies in the next.
+        assert killer(path, first_write_ends + 50)["status"] == -9
+    resumed = killer(path)
+    assert resumed["digest"] == straight["digest"]
+    assert resumed["history"] == straight["history"]
