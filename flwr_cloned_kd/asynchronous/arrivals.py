@@ -1,8 +1,8 @@
-"""Which nodes are present, and who they say they are."""
+"""Which nodes are present, and what they call themselves."""
 
 from collections.abc import Callable, Iterable, Iterator, KeysView, Set
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -10,20 +10,24 @@ from flwr.serverapp import Grid
 from ..io.messages import name_of
 from .session import Session
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 QUERY_SECONDS = 300.0
-"""Long, since a simulation on a busy machine may take minutes to start its first client."""
+"""A simulation on a busy machine may take minutes to start its first client."""
 PATIENCE_SECONDS = 10.0
-"""So long after the first of them a silent newcomer no longer holds up those it arrived with."""
+"""Seconds to wait for the rest of a batch of new nodes after its first reply."""
 
 
 class GridFailure(Exception):
-    """A call of the grid failed; its cause says how."""
+    """A call of the grid failed; the cause of this exception is what the grid raised."""
 
 
-def on_grid(call: Callable[[], Found]) -> Found:
-    """Tell what the transport raises, which may recover, from what anything else raises."""
+def on_grid(call: Callable[[], Result]) -> Result:
+    """Call a grid and mark what it raises, since a failure of the network may pass.
+
+    Raises:
+        GridFailure: from whatever the call raised.
+    """
     try:
         return call()
     except Exception as error:
@@ -31,14 +35,14 @@ def on_grid(call: Callable[[], Found]) -> Found:
 
 
 def pull_each(grid: Grid, message_ids: Iterable[str]) -> Iterator[Message]:
-    """Pull replies by one call each, as far as it goes.
+    """Pull replies with one call for each message id.
 
-    Flower deletes all that a call asks for before it decodes any of it: pulled together, one
-    reply of junk would cost all the others. Of the deleted one the next call says, by an error
-    reply, that it is not to be had.
+    Flower deletes all replies that a call asks for before it decodes any of them. If replies were
+    pulled together, one that cannot be decoded would cost all the others. For a reply that was
+    deleted in this way the next call returns an error reply.
 
     Raises:
-        GridFailure: at the first reply that could not be fetched or decoded.
+        GridFailure: at the first reply that cannot be fetched or decoded.
     """
     for message_id in message_ids:
         yield from on_grid(lambda asked=message_id: list(grid.pull_messages([asked])))  # type: ignore[misc]
@@ -46,57 +50,67 @@ def pull_each(grid: Grid, message_ids: Iterable[str]) -> Iterator[Message]:
 
 @dataclass
 class _Batch:
-    """Newcomers that were asked together; they join in order of arrival."""
+    """New nodes that were asked for their names together; they join in order of arrival."""
 
     asked_at: float
     questions: dict[int, str]
-    """Node id -> message id, "" if it could not be asked; in order of arrival."""
+    """Node id -> message id, "" if the node could not be asked; in order of arrival."""
     names: dict[int, str] = field(default_factory=dict)
-    until: float = float("inf")
-    """When those that have answered no longer wait for the silent ones."""
+    """Node id -> name, for the nodes that have replied."""
+    patient_until: float = float("inf")
+    """Time at which the nodes that have replied join without the silent ones, in seconds."""
+
+    @property
+    def gives_up_at(self) -> float:
+        """Time at which silent nodes join without a name, in seconds."""
+        return self.asked_at + QUERY_SECONDS
 
 
-class Register:
-    """Introduces newcomers to the session, without waiting for slow ones.
+class Arrivals:
+    """Asks new nodes for their names and introduces them to a session.
+
+    A node that takes long to reply does not hold up the others for long.
 
     Args:
-        seen: called with the name of every newcomer.
+        on_arrival: called with the edge that each new node stands for.
     """
 
     def __init__(
         self,
         grid: Grid,
-        session: Session[Any],
+        session: Session,
         now: Callable[[], float],
-        seen: Callable[[str], None] = lambda edge: None,
+        on_arrival: Callable[[str], None],
     ) -> None:
-        self._grid, self._session, self._now, self._seen = grid, session, now, seen
-        self.num_answers = 0
-        """Newcomers that have said who they are, or that they cannot say."""
+        self._grid = grid
+        self._session = session
+        self._now = now
+        self._on_arrival = on_arrival
+        self.num_replies = 0
+        """Number of new nodes that replied to the identity query."""
         self._batches: list[_Batch] = []
         self._known: set[int] = set()
         self._last: Set[int] | None = None
 
     def online(self) -> Set[int]:
-        """Return the node ids present; the keys of a dict if they are in order of arrival.
+        """Return the ids of the nodes present; a keys view is in order of arrival.
 
         Raises:
-            GridFailure: if the grid does not say.
+            GridFailure: if the grid cannot be asked.
         """
-        found = on_grid(self._grid.get_node_ids)
-        return found if isinstance(found, Set) else set(on_grid(lambda: list(found)))
+        nodes = on_grid(self._grid.get_node_ids)
+        return nodes if isinstance(nodes, Set) else set(on_grid(lambda: list(nodes)))
 
     def welcome(self, online: Set[int]) -> None:
-        """Ask newcomers who they are, and introduce those that have answered or never will.
+        """Ask new nodes for their names; introduce those that have replied or never will.
 
         Raises:
-            GridFailure: if the grid cannot be asked; nothing is lost, call again.
+            GridFailure: if the grid cannot be asked. The next call continues the work.
         """
-        # Whoever hands out the same set again has seen nobody come or go: thousands of nodes
-        # are not looked through for nothing.
+        # A grid that returns the same object has unchanged membership: skip the scan, which
+        # would look at thousands of nodes in every pass.
         if online is not self._last:
             new = [node for node in online if node not in self._known]
-            # The keys of a dict are in order of arrival already.
             self._ask(new if isinstance(online, KeysView) else self._in_order(new))
             self._last = online
         for batch in self._batches:
@@ -105,40 +119,45 @@ class Register:
         self._batches = [batch for batch in self._batches if batch.questions]
 
     def present(self) -> Set[int]:
-        """Welcome newcomers and return the node ids present; raise what the grid raises."""
+        """Welcome new nodes and return the ids of the nodes present.
+
+        What the grid raises is raised as it is: Flower's own loop calls this method.
+        """
         try:
-            self.welcome(online := self.online())
-        except GridFailure as failure:  # Flower's own loop knows its grid, and not this
+            online = self.online()
+            self.welcome(online)
+        except GridFailure as failure:
             raise failure.__cause__ or failure from None
         return online
 
     @property
-    def expecting(self) -> bool:
-        """Whether newcomers have yet to say who they are."""
+    def pending(self) -> bool:
+        """Whether new nodes have yet to reply to the identity query."""
         return bool(self._batches)
 
-    @property
-    def next_due(self) -> float:
-        """When to give up on the next silent newcomer; infinity if nobody was asked."""
-        now = self._now()
-        limits = [at for b in self._batches for at in (b.until, b.asked_at + QUERY_SECONDS)]
-        return min((limit for limit in limits if limit > now), default=float("inf"))
+    def next_due(self, now: float) -> float:
+        """Return when the next silent node is given up, in seconds, or infinity."""
+        times = (
+            time
+            for batch in self._batches
+            for time in (batch.patient_until, batch.gives_up_at)
+            if time > now
+        )
+        return min(times, default=float("inf"))
 
     def _ask(self, new: list[int]) -> None:
         if not new:
             return
-        questions = [
-            Message(RecordDict(), dst_node_id=node, message_type="query", ttl=QUERY_SECONDS)
-            for node in new
-        ]
-        ids = on_grid(lambda: list(self._grid.push_messages(questions)))
-        if len(ids) != len(new):
-            # The simulation drops who has just left from the list: ask one by one.
-            ids = [self._ask_one(node) for node in new]
+        questions = [_query(node) for node in new]
+        message_ids = on_grid(lambda: list(self._grid.push_messages(questions)))
+        if len(message_ids) != len(new):
+            # The simulation leaves out the ids of nodes that have just left: ask one by one.
+            message_ids = [self._ask_one(node) for node in new]
         self._known.update(new)
-        self._batches.append(_Batch(self._now(), dict(zip(new, ids))))
+        self._batches.append(_Batch(self._now(), dict(zip(new, message_ids))))
 
     def _in_order(self, new: list[int]) -> list[int]:
+        """Sort new nodes by the time at which they registered."""
         if len(new) < 2:
             return new
         nodes = on_grid(lambda: sorted(self._grid.get_nodes(), key=lambda n: n.registered_at))
@@ -146,8 +165,7 @@ class Register:
         return sorted(new, key=lambda node: order.get(node, len(order)))
 
     def _ask_one(self, node: int) -> str:
-        question = Message(RecordDict(), dst_node_id=node, message_type="query", ttl=QUERY_SECONDS)
-        return on_grid(lambda: next(iter(self._grid.push_messages([question])), ""))
+        return on_grid(lambda: next(iter(self._grid.push_messages([_query(node)])), ""))
 
     def _collect(self, batch: _Batch, online: Set[int]) -> None:
         waiting = {
@@ -157,20 +175,27 @@ class Register:
         }
         for reply in pull_each(self._grid, waiting):
             if (node := waiting.get(reply.metadata.reply_to_message_id)) is not None:
-                self.num_answers += 1
+                self.num_replies += 1
                 batch.names[node] = name_of(reply)
-                batch.until = min(batch.until, self._now() + PATIENCE_SECONDS)
+                batch.patient_until = min(batch.patient_until, self._now() + PATIENCE_SECONDS)
 
     def _introduce(self, batch: _Batch, online: Set[int]) -> None:
-        """Let newcomers join: all at once, so that the order of arrival counts, if they answer."""
+        """Introduce nodes: all at once if all reply in time, so that the order of arrival holds."""
         now = self._now()
-        silent = [node for node, asked in batch.questions.items()
-                  if asked and node not in batch.names]  # fmt: skip
-        if silent and now < min(batch.until, batch.asked_at + QUERY_SECONDS):
+        silent = [
+            node
+            for node, message_id in batch.questions.items()
+            if message_id and node not in batch.names
+        ]
+        if silent and now < min(batch.patient_until, batch.gives_up_at):
             return
         for node in list(batch.questions):
-            answered = node in batch.names or not batch.questions[node]
-            if answered or now >= batch.asked_at + QUERY_SECONDS:
+            has_replied = node in batch.names or not batch.questions[node]
+            if has_replied or now >= batch.gives_up_at:
                 edge = self._session.introduce(node, batch.names.get(node, ""), online, now)
                 del batch.questions[node]
-                self._seen(edge)
+                self._on_arrival(edge)
+
+
+def _query(node: int) -> Message:
+    return Message(RecordDict(), dst_node_id=node, message_type="query", ttl=QUERY_SECONDS)

@@ -1,4 +1,4 @@
-"""The time of a run: the machine's, or that of a grid which has its own."""
+"""The time of a run: the machine's clock, or the clock of a grid that has its own."""
 
 import time
 from collections.abc import Callable
@@ -7,18 +7,18 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Stepped(Protocol):
-    """A grid with a clock of its own, which stands still until it is told to move."""
+    """A grid with a clock of its own, which moves only when `advance` is called."""
 
     def now(self) -> float:
-        """Seconds since it was made."""
+        """Return the seconds since the grid was made."""
 
     def advance(self, until: float) -> bool:
-        """Move to the next event, or to `until` if nothing happens before; say which."""
+        """Move to the next event, or to `until` if no event comes before; return which."""
 
     def core_seconds(self, edge: str, number: int) -> float:
-        """How long the core takes to learn from this answer."""
+        """Return how many seconds the core takes to learn from an answer."""
 
 
 def clock_of(grid: object) -> Callable[[], float]:
-    """Return the clock that times a run on this grid."""
+    """Return the clock that times a run on this grid, in seconds."""
     return grid.now if isinstance(grid, Stepped) else time.monotonic

@@ -1,97 +1,81 @@
-"""What a run writes down after every round, and how the next one goes on from there."""
+"""What a run writes to disk after every round, and how a later run reads it."""
 
 import json
-from logging import INFO, WARNING
+from logging import WARNING
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from flwr.app import MetricRecord
 from flwr.common import log
-from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ..io.checkpoint import newest, previous, write
 from .session import Progress
 
-if TYPE_CHECKING:
-    from .strategy import AsyncStrategy
-
-NOT_METRICS = ("round", "edge", "cause")
 ROUNDS = "run/rounds"
-"""The tensor of bytes that holds what grows with every round: safetensors allows a header 100 MB.
-"""
+"""Name of the tensor of bytes that holds the rounds: a safetensors header is limited to 100 MB."""
 
 
-def save(path: Path, strategy: "AsyncStrategy", progress: Progress, result: Result) -> None:
-    """Write the run down; a disk that is full costs the checkpoint, not the run."""
-    tensors, state = strategy.state_dict()
+class SavedRun(NamedTuple):
+    """A run between two rounds."""
+
+    strategy: str
+    """Name of the strategy's class."""
+    settings: dict[str, Any]
+    """What a resumed run must have in common with this one."""
+    version: int
+    tensors: dict[str, Tensor]
+    """What `AsyncStrategy.state_dict` returned, as is `state`."""
+    state: dict[str, Any]
+    progress: Progress
+    history: list[dict[str, Any]]
+    """One row for each round."""
+    evaluations: dict[int, dict[str, Any]]
+    """Round -> metrics of the user's evaluation."""
+
+
+def save(path: Path, run: SavedRun) -> None:
+    """Write a run to disk. If the disk is full, the checkpoint is lost and the run continues."""
     header = {
-        "strategy": type(strategy).__name__,
-        "version": strategy.version,
-        "state": state,
-        "next_number": progress.next_number,
-        "in_flight": progress.unsettled,
-        "visits": progress.visits,
+        "strategy": run.strategy,
+        "settings": run.settings,
+        "version": run.version,
+        "state": run.state,
+        "progress": run.progress._asdict(),
     }
-    evaluations = {k: dict(v) for k, v in result.evaluate_metrics_serverapp.items()}
-    rounds = json.dumps({"history": strategy.history, "evaluations": evaluations}).encode()
-    tensors = {**tensors, ROUNDS: torch.frombuffer(bytearray(rounds), dtype=torch.uint8)}
+    rounds = json.dumps({"history": run.history, "evaluations": run.evaluations}).encode()
+    rows = torch.frombuffer(bytearray(rounds), dtype=torch.uint8)
     try:
-        write(path, tensors, header)
+        write(path, {**run.tensors, ROUNDS: rows}, header)
     except (OSError, SafetensorError) as error:
-        log(WARNING, "No checkpoint after round %d: %s", len(strategy.history), error)
+        log(WARNING, "No checkpoint after round %d: %s", len(run.history), error)
 
 
-def resume(path: Path, strategy: "AsyncStrategy", result: Result) -> Progress | None:
-    """Go on from a checkpoint, if there is one: fill in the strategy and the result.
-
-    Requests that were under way are lost, since a new run cannot pull their answers. They taught
-    nothing: their edges are asked again, under the same numbers.
+def load(path: Path) -> SavedRun | None:
+    """Read the newest good checkpoint of a run; None if there is none.
 
     Raises:
-        ValueError: saying which file, what was expected and what was found.
+        ValueError: naming the file, what was expected and what was found.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = newest(path)
-    if found is None:
+    checkpoint = newest(path)
+    if checkpoint is None:
         return None
-    tensors, header, cause = found
-    if cause:
-        log(WARNING, "%s; taking %s instead", cause, previous(path).name)
-    ours, theirs = type(strategy).__name__, header.get("strategy")
-    if theirs != ours:
-        raise ValueError(f"{path}: strategy: expected {ours}, got {theirs}")
+    tensors, header, damage = checkpoint
+    if damage:
+        log(WARNING, "%s; taking %s instead", damage, previous(path).name)
     try:
-        strategy.version = int(header["version"])
         rounds = json.loads(tensors.pop(ROUNDS).numpy().tobytes())
-        strategy.load_state_dict(tensors, header["state"])
-        rows: list[dict[str, Any]] = rounds["history"]
-        for row in rows:
-            numbers = {name: value for name, value in row.items() if name not in NOT_METRICS}
-            result.train_metrics_clientapp[row["round"]] = MetricRecord(numbers)
-        for server_round, metrics in rounds["evaluations"].items():
-            result.evaluate_metrics_serverapp[int(server_round)] = MetricRecord(metrics)
-        progress = Progress(header["next_number"], header["in_flight"], header["visits"])
-    except (KeyError, TypeError, AttributeError) as error:
+        return SavedRun(
+            strategy=header["strategy"],
+            settings=dict(header["settings"]),
+            version=int(header["version"]),
+            tensors=tensors,
+            state=header["state"],
+            progress=Progress(**header["progress"]),
+            history=rounds["history"],
+            evaluations={int(number): row for number, row in rounds["evaluations"].items()},
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected a complete header, got {error!r}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    strategy.history = rows
-    text = "Resuming from %s after %d rounds; the initial arrays are not used"
-    log(INFO, text, path, len(rows))
-    return progress
-
-
-def require(path: str | Path | None, strategy: "AsyncStrategy", base: type) -> Path | None:
-    """Check that a strategy can write its state down, before it has run for days.
-
-    Raises:
-        ValueError: if it has no `state_dict` and `load_state_dict` of its own.
-    """
-    if path is None:
-        return None
-    for name in ("state_dict", "load_state_dict"):
-        if getattr(type(strategy), name) is getattr(base, name):
-            raise ValueError(f"checkpoint: expected {type(strategy).__name__} to have {name}()")
-    return Path(path).absolute()

@@ -1,21 +1,31 @@
-"""One round: what is told of it, and what it cost."""
+"""One round: its log line and what it cost."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from logging import INFO, WARNING
 from typing import Any
 
-from flwr.app import ArrayRecord, MetricRecord
 from flwr.common import log
-from flwr.serverapp.strategy import Result
 
 from .session import Answer
 
+LOGGED_METRICS = {
+    "edge-accuracy": "edge",
+    "ensemble-accuracy": "ensemble",
+    "core-accuracy": "core",
+    "train-accuracy": "train",
+    "consensus": "consensus",
+    "known": "knows",
+    "student-start": "student starts at",
+}
+"""Metric -> what the log line of a round calls it."""
 
-def account(answer: Answer, began: float, ended: float) -> dict[str, Any]:
-    """Count bytes sent and seconds per phase.
+
+def costs(answer: Answer, began: float, ended: float) -> dict[str, Any]:
+    """Return the bytes sent and the seconds that each part of a round took.
 
     Args:
-        began, ended: when the core turned to the answer and was done with it; seconds.
+        began: when the core turned to the answer, in seconds.
+        ended: when the core had absorbed or refused it, in seconds.
     """
     dispatch = answer.dispatch
     return {
@@ -28,8 +38,16 @@ def account(answer: Answer, began: float, ended: float) -> dict[str, Any]:
     }
 
 
-def tell(server_round: int, edge: str, metrics: dict[str, float], cause: str) -> str:
-    """Log a round in one line; return the cause of a refusal, "" if it was none."""
+def log_round(server_round: int, edge: str, metrics: Mapping[str, float], cause: str) -> str:
+    """Log a round in one line.
+
+    Args:
+        metrics: "accepted" (1 or 0) and what the strategy measured.
+        cause: why the answer was refused; "" if the guard refused it or it was accepted.
+
+    Returns:
+        The cause of the refusal, "" for an accepted answer.
+    """
     if metrics["accepted"]:
         log(INFO, "[ROUND %d] edge %s: %s", server_round, edge, _brief(metrics))
         return ""
@@ -38,24 +56,9 @@ def tell(server_round: int, edge: str, metrics: dict[str, float], cause: str) ->
     return cause
 
 
-def evaluate(
-    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    server_round: int,
-    arrays: ArrayRecord,
-    result: Result,
-) -> None:
-    """Call the user's evaluation, if there is one, and keep what it returns."""
-    if evaluate_fn and (metrics := evaluate_fn(server_round, arrays)) is not None:
-        log(INFO, "Global evaluation: %s", metrics)
-        result.evaluate_metrics_serverapp[server_round] = metrics
-
-
-def _brief(metrics: dict[str, float]) -> str:
-    """Write the accuracies and the consensus of a round in a few words."""
-    kinds = ("edge", "ensemble", "core", "train")
-    known = {kind: metrics.get(f"{kind}-accuracy") for kind in kinds}
-    known["consensus"] = metrics.get("consensus")
-    known["knows"] = metrics.get("known")
-    known["student starts at"] = metrics.get("student-start")
-    words = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
+def _brief(metrics: Mapping[str, float]) -> str:
+    """Write the accuracies of a round in a few words."""
+    words = [
+        f"{word} {metrics[name]:.3f}" for name, word in LOGGED_METRICS.items() if name in metrics
+    ]
     return ", ".join(words) or "absorbed"

@@ -1,4 +1,4 @@
-"""Flower's strategy loop without its barrier."""
+"""Flower's strategy loop without the barrier at the end of a round."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
@@ -15,45 +15,65 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from ..io.messages import content_of, num_bytes
-from .arrivals import Register
+from .arrivals import Arrivals
 from .clock import Stepped, clock_of
 from .courier import Courier
-from .resume import require, resume, save
-from .rounds import account, evaluate, tell
+from .resume import SavedRun, load, save
+from .rounds import costs, log_round
 from .session import Answer, Dispatch, Progress, Session
 from .timeline import Event
 
 WAIT_SECONDS = 0.2
+NOT_METRICS = ("round", "edge", "cause")
+"""Entries of a row that are no metrics."""
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+"""(round, arrays) -> metrics, as Flower's strategies take it."""
+
+
+class LoopOptions(TypedDict, total=False):
+    """The options of `AsyncStrategy`, which its subclasses hand on to it."""
+
+    max_in_flight: int
+    max_staleness: int | None
+    revisit: bool
+    max_failures: int
+    on_round: Callable[[dict[str, Any]], None] | None
+    checkpoint: str | Path | None
 
 
 class AsyncStrategy(Strategy):
-    """Flower's loop without its barrier: every answer counts the moment it arrives.
+    """Flower's loop without its barrier: each answer is used when it arrives.
 
-    A subclass says what to send (`request`) and how to learn from one answer (`absorb`). Both
-    loops run it: `start`, which keeps up to `max_in_flight` edges busy, and the one that
-    Flower's own `Strategy.start` defines.
+    A subclass defines what to send (`request`) and how to learn from one answer (`absorb`). Two
+    loops can run it: `start`, which keeps up to `max_in_flight` edges busy, and the synchronous
+    one that Flower's own `Strategy.start` defines.
 
-    Threads: `start` calls `absorb` in the caller's thread and `request` in another, so that edges
-    are asked while the model learns. `absorb` therefore makes new values beside the old ones and
-    publishes them at the end, by assigning fields while it holds `self.publishing`; `request` runs
-    under that lock, reads the fields and takes no long time. What was sent is never changed.
+    Threads: `start` calls `absorb` in the caller's thread and `request` in another thread, so that
+    edges are asked while the model learns. Therefore `absorb` makes new values beside the old ones
+    and publishes them at the end: it assigns fields while it holds `self.publishing`. `request`
+    runs under that lock, reads the fields and returns quickly. What was sent is never changed.
 
     Args:
-        max_in_flight: edges asked at the same time, at least 1. With 1 the next one is asked once
+        max_in_flight: edges asked at the same time, at least 1. With 1 the next edge is asked when
             the answer has been absorbed; with more, as soon as an answer has arrived.
-        revisit: ask edges again once every edge was asked; False asks each at most once.
-        max_failures: end the run after so many edges in a row that crashed or stayed silent.
-        on_round: called with one flat dict after each round: round, edge, accepted (1 or 0), cause,
+        max_staleness: answers to a model older than this many versions are refused; None refuses
+            none.
+        revisit: ask edges again once every edge was asked. False asks each edge at most once.
+        max_failures: the run ends after this many edges in a row that crashed or stayed silent.
+        on_round: called after each round with one flat dict: round, edge, accepted (1 or 0), cause,
             number (of the request), staleness, bytes-down, bytes-up, edge-seconds (from request to
             answer), wait-seconds (from answer until the core had time for it), core-seconds
-            (absorbing it), core-idle-seconds (before that, waiting for an answer),
-            edge-idle-seconds (present without anything to do before the request), time (since
-            the start), and what `absorb` returned.
-        checkpoint: a file to write after every round and to go on from, if it is there; for
-            strategies with `state_dict` and `load_state_dict`. Flower's own loop does not use it.
+            (absorbing it), core-idle-seconds (waiting for the answer), edge-idle-seconds (of this
+            edge, present and without a request before this one), time (since the start, in
+            seconds), and what `absorb` returned.
+        checkpoint: a file that is written after every round; if it is there at the start, the run
+            resumes from it. For strategies with `state_dict` and `load_state_dict`. Flower's own
+            loop does not use it.
 
     Raises:
-        ValueError: for a number below 1, or a strategy that cannot be written down.
+        ValueError: for a number out of range, or a checkpoint for a strategy that has no
+            `state_dict` and `load_state_dict`.
     """
 
     version = 0
@@ -63,6 +83,7 @@ class AsyncStrategy(Strategy):
         self,
         *,
         max_in_flight: int = 1,
+        max_staleness: int | None = None,
         revisit: bool = False,
         max_failures: int = 30,
         on_round: Callable[[dict[str, Any]], None] | None = None,
@@ -71,21 +92,29 @@ class AsyncStrategy(Strategy):
         for name, value in (("max_in_flight", max_in_flight), ("max_failures", max_failures)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.max_in_flight, self.revisit, self.on_round = max_in_flight, revisit, on_round
+        if max_staleness is not None and max_staleness < 0:
+            raise ValueError(f"max_staleness: expected at least 0, got {max_staleness}")
+        if checkpoint is not None:
+            self._require_state_dict()
+        self.max_in_flight = max_in_flight
+        self.max_staleness = max_staleness
+        self.revisit = revisit
         self.max_failures = max_failures
-        self.checkpoint = require(checkpoint, self, AsyncStrategy)
+        self.on_round = on_round
+        self.checkpoint = None if checkpoint is None else Path(checkpoint).absolute()
         self.publishing = threading.RLock()
         self.events: list[Event] = []
         self.history: list[dict[str, Any]] = []
-        self._session = Session[Any](revisit)
+        self._session = Session(revisit, max_failures)
         self._timeout = 3600.0
         self._now: Callable[[], float] = time.monotonic
-        self._started = self._idle_since = 0.0
-        self._register: Register | None = None
+        self._started = 0.0
+        self._idle_since = 0.0
+        self._arrivals: Arrivals | None = None
 
     @abstractmethod
     def begin(self, arrays: ArrayRecord) -> None:
-        """Start a new run from these arrays; ValueError if they do not fit."""
+        """Start a new run from these arrays; raise ValueError if they do not fit."""
 
     @property
     @abstractmethod
@@ -94,23 +123,35 @@ class AsyncStrategy(Strategy):
 
     @abstractmethod
     def request(self, server_round: int, config: ConfigRecord) -> tuple[RecordDict, Any]:
-        """Say what to send to the next edge, and what to remember of it as `Dispatch.sent`."""
+        """Return what to send to the next edge, and what to keep of it as `Dispatch.sent`."""
 
     @abstractmethod
-    def absorb(self, dispatch: Dispatch[Any], content: RecordDict) -> dict[str, float]:
-        """Learn from one answer and return metrics; ValueError refuses it, with the cause."""
+    def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, float]:
+        """Learn from one answer and return metrics; raise ValueError to refuse it.
+
+        Args:
+            dispatch: the request.
+            content: the reply.
+            staleness: versions that were made while the edge was away, 0 for a fresh answer.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with the run before it, for JSON."""
+        return {}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what has been learned: tensors by name, and what JSON can hold.
+        """Return what the strategy has learned: tensors by name, and a dict for JSON.
 
-        `version` is kept anyway. Settings that a resumed run must share belong in here too.
+        A checkpoint holds `version` and `settings` besides.
         """
         raise NotImplementedError(f"{type(self).__name__}: expected state_dict(), got none")
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, instead of `begin`; ValueError if it does not fit.
+        """Take over what `state_dict` returned, instead of `begin`.
 
-        A missing key is refused too.
+        Raises:
+            ValueError: if the state does not fit.
+            KeyError: if an entry is missing.
         """
         raise NotImplementedError(f"{type(self).__name__}: expected load_state_dict(), got none")
 
@@ -122,72 +163,69 @@ class AsyncStrategy(Strategy):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
         """Run until `num_rounds` edges have answered or were given up.
 
         Args:
-            initial_arrays: the first model; not used by a run that goes on from a checkpoint.
-            timeout: seconds to wait for an edge's answer, and, once no edge is left to ask, for
-                a new one to arrive; then the run ends with what it has.
-            evaluate_config: not used; edges are asked once, to train.
+            initial_arrays: the first model; a run that resumes from a checkpoint does not use it.
+            timeout: seconds to wait for an edge's answer. Once no edge is left to ask, also the
+                seconds to wait for a new edge; then the run ends with what it has.
+            evaluate_config: not used; edges are asked only to train.
             evaluate_fn: (round, arrays) -> metrics, called for round 0 and after every round.
 
         Returns:
-            Flower's `Result`: final arrays, metrics per round, those before a resume included.
+            Flower's `Result`: final arrays and the metrics of all rounds, of those before a resume
+            too.
 
         Raises:
             ConnectionError: if the grid failed many times in a row.
             ValueError: if the arrays or the checkpoint do not fit.
         """
-        result, self._timeout = Result(), timeout
+        result = Result()
+        self._timeout = timeout
         log(INFO, "Starting %s strategy:", type(self).__name__)
         log(INFO, "\t├── Number of rounds: %d", num_rounds)
         self.summary()
         self._reset(grid)
-        before = self._resume(result)
-        if before is None:
+        if not self._resume(result):
             self.begin(initial_arrays)
-            evaluate(evaluate_fn, 0, initial_arrays, result)
-        config = train_config or ConfigRecord()
+            _evaluate(evaluate_fn, 0, initial_arrays, result)
         if len(self.history) < num_rounds:
-            with self._courier(grid, num_rounds, config, before or Progress()) as courier:
+            with self._courier(grid, num_rounds, train_config or ConfigRecord()) as courier:
                 self._run(courier, num_rounds, result, evaluate_fn)
-        self.events.sort(key=lambda event: event.time)  # two threads have told of them
-        result.arrays, took, done = self.arrays, self._now() - self._started, len(self.history)
-        log(INFO, "Finished in %.1f s: %d rounds, version %d", took, done, self.version)
+        self.events.sort(key=lambda event: event.time)  # two threads append to the list
+        result.arrays = self.arrays
+        seconds = self._now() - self._started
+        text = "Finished in %.1f s: %d rounds, version %d"
+        log(INFO, text, seconds, len(self.history), self.version)
         return result
 
     def _run(
-        self,
-        courier: Courier,
-        num_rounds: int,
-        result: Result,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+        self, courier: Courier, num_rounds: int, result: Result, evaluate_fn: EvaluateFn | None
     ) -> None:
         while len(self.history) < num_rounds:
             if (answer := courier.next_answer()) is None:
                 log(WARNING, "%s: ending the run with what it has", courier.why_it_ended())
                 return
             server_round = len(self.history) + 1
-            metrics = self._settle(server_round, answer, courier.core_works)
+            metrics = self._settle(server_round, answer, courier)
             result.train_metrics_clientapp[server_round] = metrics
             if evaluate_fn is not None:  # before the next request: both may use one model
-                evaluate(evaluate_fn, server_round, self.arrays, result)
-            courier.settled(answer)
-            if self.checkpoint is not None:
-                save(self.checkpoint, self, courier.progress(), result)
+                _evaluate(evaluate_fn, server_round, self.arrays, result)
+            courier.settle(answer)
+            self._save(courier.progress(), result)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask one edge (Flower's synchronous loop); waits until there is one to ask."""
-        if server_round == 1 or self._register is None:
+        """Ask one edge (Flower's synchronous loop); wait until there is one to ask."""
+        if server_round == 1 or self._arrivals is None:
             self._reset(grid)
             self.begin(arrays)
-            self._register = Register(grid, self._session, self._now)
+            self._arrivals = Arrivals(grid, self._session, self._now, lambda edge: None)
         deadline = self._now() + self._timeout
-        while (node := self._next_node(self._register)) is None:
+        while (node := self._session.choose(self._arrivals.present(), self._now())) is None:
             if self._now() > deadline:
                 log(WARNING, "No edge left to ask")
                 return []
@@ -202,25 +240,26 @@ class AsyncStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Learn from the one edge's answer, if it came (Flower's synchronous loop)."""
-        if not self._session.in_flight:
+        """Learn from the answer of the one edge, if it came (Flower's synchronous loop)."""
+        now = self._now()
+        message_id = next(iter(self._session.in_flight), "")
+        dispatch = self._session.arrive(message_id, now)
+        if dispatch is None:
             return self.arrays, None
-        dispatch = self._session.in_flight.popitem()[1]
-        self._session.free_since[dispatch.edge] = self._now()
-        answer = Answer(dispatch, next(iter(replies), None), self._now())
-        metrics = self._settle(server_round, answer)
+        metrics = self._settle(server_round, Answer(dispatch, next(iter(replies), None), now))
+        self._session.settle(dispatch)
         return self.arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nobody: an edge is used once, to train; use `evaluate_fn` or held-out data."""
+        """Ask no edge: an edge is used only to train. Use `evaluate_fn` or held-out data."""
         return []
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return nothing, since nobody was asked."""
+        """Return nothing, since no edge was asked to evaluate."""
         return None
 
     def summary(self) -> None:
@@ -228,94 +267,35 @@ class AsyncStrategy(Strategy):
         log(INFO, "\t├── Edges in flight: at most %d", self.max_in_flight)
         log(INFO, "\t├── An edge is asked: %s", "again and again" if self.revisit else "once")
 
-    def _reset(self, grid: Grid) -> None:
-        self._session, self.version = Session[Any](self.revisit), 0
-        self.events, self.history, self._now = [], [], clock_of(grid)
-        self._started = self._idle_since = self._now()
-
-    def _resume(self, result: Result) -> Progress | None:
-        """Go on from the checkpoint, if there is one; its time, too, goes on."""
-        progress = resume(self.checkpoint, self, result) if self.checkpoint is not None else None
-        if self.history:
-            self._started -= self.history[-1]["time"]
-        return progress
-
-    def _courier(
-        self, grid: Grid, num_rounds: int, config: ConfigRecord, before: Progress
-    ) -> Courier:
-        return Courier(
-            grid,
-            self._session,
-            lambda number, node, now: self._compose(number, node, now, config),
-            num_rounds=num_rounds,
-            max_in_flight=self.max_in_flight,
-            timeout=self._timeout,
-            max_failures=self.max_failures,
-            before=before,
-            record=self._record,
-        )
-
-    def _next_node(self, register: Register) -> int | None:
-        return self._session.choose(register.present(), self._now())
-
-    def _compose(
-        self, number: int, node: int, now: float, config: ConfigRecord
-    ) -> tuple[Message, Dispatch[Any]]:
-        own = ConfigRecord({**config, "server-round": number})
-        with self.publishing:
-            (content, sent), version = self.request(number, own), self.version
-        message = Message(
-            content,
-            dst_node_id=node,
-            message_type=MessageType.TRAIN,
-            ttl=self._timeout,
-            group_id=str(version),
-        )
-        edge = self._session.names[node]
-        return message, Dispatch(
-            node,
-            edge,
-            version,
-            sent,
-            num_bytes(content),
-            sent_at=now,
-            deadline=now + self._timeout,
-            number=number,
-            idle_seconds=now - self._session.free_since.get(edge, now),
-        )
-
     def _settle(
-        self,
-        server_round: int,
-        answer: Answer,
-        core_works: Callable[[str, int], None] = lambda edge, number: None,
+        self, server_round: int, answer: Answer, courier: Courier | None = None
     ) -> MetricRecord:
-        """Absorb one answer, or the lack of one, and say so in one line."""
-        dispatch, began, cause, up = answer.dispatch, self._now(), "", 0
-        metrics: dict[str, float] = {"accepted": 0.0}
-        staleness, idle = self.version - dispatch.version, began - self._idle_since
+        """Absorb an answer or refuse it; log the round and add its row to the history."""
+        dispatch = answer.dispatch
+        began = self._now()
+        idle_seconds = began - self._idle_since
+        staleness = self.version - dispatch.version
         self._record(began, "learn", dispatch.edge, dispatch.number)
-        try:
-            content = content_of(answer.reply, answer.arrived_at - dispatch.sent_at)
-            up = num_bytes(content)
-        except ValueError as error:
-            cause = str(error)
-        else:
-            core_works(dispatch.edge, dispatch.number)
+        content, cause = _content(answer)
+        metrics: dict[str, float] = {"accepted": 0.0}
+        if content is not None:
+            if courier is not None:
+                courier.core_works(dispatch)
             try:
-                metrics |= {"accepted": 1.0} | self.absorb(dispatch, content)
+                self._check_staleness(staleness)
+                metrics |= {"accepted": 1.0} | self.absorb(dispatch, content, staleness)
             except ValueError as error:
                 cause = str(error)
         ended = self._now()
         kind = "absorb" if metrics["accepted"] else "refuse"
         self._record(ended, kind, dispatch.edge, dispatch.number)
-        cause = tell(server_round, dispatch.edge, metrics, cause)
+        cause = log_round(server_round, dispatch.edge, metrics, cause)
         numbers = {
             **metrics,
-            **account(answer, began, ended),
+            **costs(answer, began, ended),
             "staleness": staleness,
-            "bytes-up": up,
-            "core-idle-seconds": idle,
+            "bytes-up": 0 if content is None else num_bytes(content),
+            "core-idle-seconds": idle_seconds,
             "time": ended - self._started,
         }
         row = {"round": server_round, "edge": dispatch.edge, "cause": cause, **numbers}
@@ -325,5 +305,137 @@ class AsyncStrategy(Strategy):
         self._idle_since = self._now()
         return MetricRecord(numbers)
 
+    def _check_staleness(self, staleness: int) -> None:
+        if self.max_staleness is not None and staleness > self.max_staleness:
+            raise ValueError(f"staleness: expected at most {self.max_staleness}, got {staleness}")
+
+    def _compose(
+        self, number: int, node: int, now: float, config: ConfigRecord
+    ) -> tuple[Message, Dispatch]:
+        own_config = ConfigRecord({**config, "server-round": number})
+        with self.publishing:
+            content, sent = self.request(number, own_config)
+            version = self.version
+        message = Message(
+            content,
+            dst_node_id=node,
+            message_type=MessageType.TRAIN,
+            ttl=self._timeout,
+            group_id=str(version),
+        )
+        edge = self._session.names[node]
+        dispatch = Dispatch(
+            node_id=node,
+            edge=edge,
+            version=version,
+            sent=sent,
+            num_bytes=num_bytes(content),
+            sent_at=now,
+            deadline=now + self._timeout,
+            number=number,
+            idle_seconds=now - self._session.free_since.get(edge, now),
+        )
+        return message, dispatch
+
+    def _courier(self, grid: Grid, num_rounds: int, config: ConfigRecord) -> Courier:
+        return Courier(
+            grid,
+            self._session,
+            lambda number, node, now: self._compose(number, node, now, config),
+            self._record,
+            num_rounds=num_rounds,
+            max_in_flight=self.max_in_flight,
+            timeout=self._timeout,
+        )
+
     def _record(self, at: float, kind: str, edge: str, number: int) -> None:
         self.events.append(Event(at - self._started, kind, edge, number, self.version))
+
+    def _reset(self, grid: Grid) -> None:
+        self._session = Session(self.revisit, self.max_failures)
+        self._now = clock_of(grid)
+        self._started = self._now()
+        self._idle_since = self._started
+        self.version = 0
+        self.events = []
+        self.history = []
+
+    def _save(self, progress: Progress, result: Result) -> None:
+        """Write a checkpoint, if the run has one."""
+        if self.checkpoint is None:
+            return
+        tensors, state = self.state_dict()
+        evaluations = result.evaluate_metrics_serverapp
+        run = SavedRun(
+            strategy=type(self).__name__,
+            settings=self.settings(),
+            version=self.version,
+            tensors=tensors,
+            state=state,
+            progress=progress,
+            history=self.history,
+            evaluations={number: dict(metrics) for number, metrics in evaluations.items()},
+        )
+        save(self.checkpoint, run)
+
+    def _resume(self, result: Result) -> bool:
+        """Resume from the checkpoint, if there is one; return whether there was.
+
+        Requests that were under way are lost, since a new run cannot pull their answers. They had
+        no effect on the model, so their edges are asked again with the same request numbers.
+        """
+        run = load(self.checkpoint) if self.checkpoint is not None else None
+        if run is None:
+            return False
+        try:
+            self._take_over(run)
+        except (KeyError, TypeError, AttributeError) as error:
+            message = f"{self.checkpoint}: expected a complete header, got {error!r}"
+            raise ValueError(message) from None
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint}: {error}") from None
+        for row in run.history:
+            numbers = {name: value for name, value in row.items() if name not in NOT_METRICS}
+            result.train_metrics_clientapp[row["round"]] = MetricRecord(numbers)
+        for server_round, metrics in run.evaluations.items():
+            result.evaluate_metrics_serverapp[server_round] = MetricRecord(metrics)
+        text = "Resuming from %s after %d rounds; the initial arrays are not used"
+        log(INFO, text, self.checkpoint, len(run.history))
+        return True
+
+    def _take_over(self, run: SavedRun) -> None:
+        settings = {"strategy": type(self).__name__, **self.settings()}
+        saved = {"strategy": run.strategy, **run.settings}
+        for name, value in settings.items():
+            if saved.get(name) != value:
+                raise ValueError(f"{name}: expected {value}, got {saved.get(name)}")
+        self.version = run.version
+        self.load_state_dict(run.tensors, run.state)
+        self._session.resume(run.progress)
+        self.history = run.history
+        if run.history:  # elapsed time continues from the checkpoint
+            self._started -= run.history[-1]["time"]
+
+    def _require_state_dict(self) -> None:
+        """Check that the strategy can write a checkpoint, before it has run for days."""
+        for name in ("state_dict", "load_state_dict"):
+            if getattr(type(self), name) is getattr(AsyncStrategy, name):
+                message = f"checkpoint: expected {type(self).__name__} to have {name}()"
+                raise ValueError(message)
+
+
+def _content(answer: Answer) -> tuple[RecordDict | None, str]:
+    """Return what an edge replied and "", or None and why it must be refused."""
+    try:
+        return content_of(answer.reply, answer.arrived_at - answer.dispatch.sent_at), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _evaluate(
+    evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result
+) -> None:
+    """Call the user's evaluation, if there is one, and keep what it returns."""
+    if evaluate_fn and (metrics := evaluate_fn(server_round, arrays)) is not None:
+        log(INFO, "Global evaluation: %s", metrics)
+        result.evaluate_metrics_serverapp[server_round] = metrics

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from logging import INFO
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.common import log
 from torch import Tensor
 
 from ..asynchronous.session import Dispatch
-from ..asynchronous.strategy import AsyncStrategy
-from ..engine.ensemble import Ensemble, StateDict, as_ensemble, member, size
+from ..asynchronous.staleness import StalenessWeight
+from ..asynchronous.strategy import AsyncStrategy, LoopOptions
+from ..engine.ensemble import StateDict, member, size
 from ..io.messages import ensemble_of, metrics_of, only
 from ..method.core import Core, CoreState, edge_seed
 from ..method.variants import Send, cloned
@@ -22,20 +22,17 @@ NUMBERS = (bool, int, float)
 class ClonedKD(AsyncStrategy):
     """Asynchronous edge learning by cloned knowledge distillation (Lee, Yoo and Kwak 2020).
 
-    Each answer is an ensemble of clones; the core distils it, and those of its temporal memory,
-    into itself (Algorithm 1). Whatever does not fit the core is refused and leaves it as it was.
+    Each answer is an ensemble of clones. The core distils it, and the ensembles of its temporal
+    memory, into itself (Algorithm 1). What does not fit the core is refused and changes nothing.
 
     Args:
-        core: the service; its dataset, recipes and seed.
+        core: the service: its model, dataset, recipes and seed.
         num_clones: E, how many clones each edge trains; 1 is no ensemble.
-        max_in_flight: edges asked at the same time; 1 is Algorithm 1.
-        max_staleness: refuse answers to a core older than this many versions; None takes all.
         staleness_weight: staleness -> weight of that edge's KD term; None is always 1.
-        revisit: ask edges again once every edge was asked.
-        max_failures: end the run after so many edges in a row that crashed or stayed silent.
         send: what an edge starts from; `cloned` sends the core, see `variants` for others.
-        on_round, checkpoint: see `AsyncStrategy`; a resumed run must have the same core seed,
-            core data, number of clones, `send` and distillation.
+        loop: options of `AsyncStrategy`: `max_in_flight` (1 is Algorithm 1), `max_staleness`,
+            `revisit`, `max_failures`, `on_round`, `checkpoint`. A resumed run must have the same
+            core seed, core data, number of clones, `send` and distillation.
 
     Raises:
         ValueError: for a number out of range.
@@ -46,137 +43,116 @@ class ClonedKD(AsyncStrategy):
         core: Core,
         *,
         num_clones: int = 3,
-        max_in_flight: int = 1,
-        max_staleness: int | None = None,
-        staleness_weight: Callable[[int], float] | None = None,
-        revisit: bool = False,
-        max_failures: int = 30,
+        staleness_weight: StalenessWeight | None = None,
         send: Send = cloned,
-        on_round: Callable[[dict[str, Any]], None] | None = None,
-        checkpoint: str | Path | None = None,
+        **loop: Unpack[LoopOptions],
     ) -> None:
-        super().__init__(
-            max_in_flight=max_in_flight,
-            revisit=revisit,
-            max_failures=max_failures,
-            on_round=on_round,
-            checkpoint=checkpoint,
-        )
+        super().__init__(**loop)
         if num_clones < 1:
             raise ValueError(f"num_clones: expected at least 1, got {num_clones}")
-        if max_staleness is not None and max_staleness < 0:
-            raise ValueError(f"max_staleness: expected at least 0, got {max_staleness}")
-        self.core, self.num_clones, self.send = core, num_clones, send
-        self.max_staleness, self.staleness_weight = max_staleness, staleness_weight
+        self.core = core
+        self.num_clones = num_clones
+        self.staleness_weight = staleness_weight
+        self.send = send
         self.state: CoreState | None = None
         self._sent: StateDict = {}
 
     def begin(self, arrays: ArrayRecord) -> None:
-        """Start from a core that has met no edge yet."""
+        """Start from a core that has learned from no edge yet."""
         like = self.core.model.state_dict()
         self._publish(self.core.state(member(ensemble_of(arrays, like), 0)))
 
     @property
     def arrays(self) -> ArrayRecord:
         """The core's model as it is now."""
-        return ArrayRecord(self._current.params)
+        return ArrayRecord(self.current.params)
+
+    @property
+    def current(self) -> CoreState:
+        """The core as it is now.
+
+        Raises:
+            RuntimeError: before the start of a run.
+        """
+        if self.state is None:
+            raise RuntimeError("ClonedKD: expected start() first")
+        return self.state
 
     def request(self, server_round: int, config: ConfigRecord) -> tuple[RecordDict, StateDict]:
-        """Send the core, how many clones to train of it, and a seed."""
-        sent = self._sent
+        """Send the core, the number of clones to train of it, and a seed."""
         config["num-clones"] = self.num_clones
         config["seed"] = edge_seed(self.core.seed, server_round)
-        return RecordDict({"arrays": ArrayRecord(sent), "config": config}), sent
+        content = RecordDict({"arrays": ArrayRecord(self._sent), "config": config})
+        return content, self._sent
 
-    def absorb(self, dispatch: Dispatch[Any], content: RecordDict) -> dict[str, float]:
-        """Distil the ensemble that came back (Phase 2)."""
-        staleness = self.version - dispatch.version
-        if self.max_staleness is not None and staleness > self.max_staleness:
-            raise ValueError(f"staleness: expected at most {self.max_staleness}, got {staleness}")
-        found = metrics_of(content)
-        edge = ensemble_of(only(content.array_records, "ArrayRecord"), self._current.params)
+    def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, float]:
+        """Distil the ensemble that an edge returned into the core (Phase 2)."""
+        reported = metrics_of(content)
+        record = only(content.array_records, "ArrayRecord")
+        edge = ensemble_of(record, self.current.params)
         if size(edge) > self.num_clones:
             raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
         weight = 1.0 if self.staleness_weight is None else self.staleness_weight(staleness)
-        state, metrics = self.core.distill(self._current, edge, sent=dispatch.sent, weight=weight)
-        if state is not self._current:
+        state, metrics = self.core.distill(self.current, edge, sent=dispatch.sent, weight=weight)
+        if state is not self.current:
             self._publish(state)
-        return {**found, **metrics, "num-clones": size(edge)}
+        return {**reported, **metrics, "num-clones": size(edge)}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the core, its temporal memory and what it needs to go on."""
-        state = self._current
-        ensembles = {"core": state.params} | {str(i): e for i, e in enumerate(state.memory)}
-        tensors = {f"{i}/{name}": t for i, e in ensembles.items() for name, t in e.items()}
-        return tensors, {
-            "memory": len(state.memory),
-            "memory_weights": state.memory_weights,
-            "train_accuracy": state.train_accuracy,
-            "settings": self._settings,
-        }
+        """Return the core and its temporal memory."""
+        return self.current.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; ValueError if this core cannot."""
-        for name, value in self._settings.items():
-            if (found := state["settings"].get(name)) != value:
-                raise ValueError(f"{name}: expected {value}, got {found}")
+        """Continue from what `state_dict` returned; raise ValueError if it does not fit."""
         like = self.core.model.state_dict()
+        self._publish(CoreState.from_state_dict(tensors, state, like))
 
-        def ensemble(prefix: str) -> Ensemble:
-            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            return as_ensemble(named, like)
-
-        self._publish(
-            CoreState(
-                params=member(ensemble("core/"), 0),
-                memory=tuple(ensemble(f"{i}/") for i in range(state["memory"])),
-                version=self.version,
-                train_accuracy=tuple(state["train_accuracy"]),
-                memory_weights=tuple(state["memory_weights"]),
-            )
-        )
-
-    def _publish(self, state: CoreState) -> None:
-        # Not in request: that runs beside absorb, and both would use the core's one model.
-        sent = self.send(state)
-        with self.publishing:
-            self.state, self.version, self._sent = state, state.version, sent
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """What a resumed run must share with the run before it; functions by their names."""
-        how = self.core.distillation
-        options = {**vars(how), **vars(how.recipe)}
-        numbers = {name: v for name, v in options.items() if v is None or type(v) in NUMBERS}
-        rules = {"selection": how.selection, "student_start": how.student_start}
-        functions = {name: _name(rule) for name, rule in rules.items() if callable(rule)}
+    def settings(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common; functions by their names."""
+        distillation = self.core.distillation
+        options = {**vars(distillation), **vars(distillation.recipe)}
+        numbers = {
+            name: value
+            for name, value in options.items()
+            if value is None or type(value) in NUMBERS
+        }
+        rules = {
+            name: _name(value)
+            for name, value in options.items()
+            if name in ("selection", "student_start") and callable(value)
+        }
         return {
             "num_clones": self.num_clones,
             "seed": self.core.seed,
             "core_samples": len(self.core.dataset[1]),
             "send": _name(self.send),
             **numbers,
-            **functions,
+            **rules,
         }
 
     def summary(self) -> None:
         """Log the configuration."""
         super().summary()
-        how = self.core.distillation
+        distillation = self.core.distillation
+        start, selection = distillation.student_start, distillation.selection
         log(INFO, "\t├── Clones per edge: %d", self.num_clones)
-        log(INFO, "\t├── Temporal memory: %d", how.memory_size)
-        log(INFO, "\t├── Temperature: %g", how.temperature)
-        log(INFO, "\t├── Student starts at: %s of the clones' movement", _name(how.student_start))
-        log(INFO, "\t├── A teacher teaches: %s samples", _name(how.selection or "all"))
+        log(INFO, "\t├── Temporal memory: %d", distillation.memory_size)
+        log(INFO, "\t├── Temperature: %g", distillation.temperature)
+        log(INFO, "\t├── Student starts at: %s of the clones' movement", _name(start))
+        log(INFO, "\t├── A teacher teaches: %s samples", _name(selection or "all"))
         log(INFO, "\t└── Core data: %d samples, seed %d", len(self.core.dataset[1]), self.core.seed)
 
-    @property
-    def _current(self) -> CoreState:
-        if self.state is None:
-            raise RuntimeError("ClonedKD: expected start() first")
-        return self.state
+    def _publish(self, state: CoreState) -> None:
+        # Not in `request`, which runs beside `absorb`: both would use the core's one model.
+        sent = self.send(state)
+        with self.publishing:
+            self.state = state
+            self.version = state.version
+            self._sent = sent
 
 
-def _name(rule: object) -> str:
-    """Name a function, or write out a number."""
-    return str(getattr(rule, "__qualname__", type(rule).__name__ if callable(rule) else rule))
+def _name(rule: Callable[..., Any] | float | str) -> str:
+    """Return the name of a function, or write out a number."""
+    if not callable(rule):
+        return str(rule)
+    return str(getattr(rule, "__qualname__", type(rule).__name__))

@@ -6,9 +6,9 @@ import time
 import pytest
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 
-from flwr_cloned_kd import AsyncStrategy, ClonedKD
+from flwr_cloned_kd import AsyncStrategy, ClonedKD, VirtualGrid
 from flwr_cloned_kd.asynchronous.courier import Courier
-from flwr_cloned_kd.asynchronous.session import Dispatch, Health, Session
+from flwr_cloned_kd.asynchronous.session import Dispatch, Progress, Session
 from tests.helpers.fake_grid import FakeGrid, Flaky, Unreadable, silent
 from tests.helpers.federation import NOTHING, Tally, adds, apps, small_core
 
@@ -26,11 +26,11 @@ class Deliberate(Tally):
         super().__init__(**options)
         self.began, self.go = threading.Event(), threading.Event()
 
-    def absorb(self, dispatch, content):
+    def absorb(self, dispatch, content, staleness):
         if not self.began.is_set():
             self.began.set()
             assert self.go.wait(ENOUGH_SECONDS)
-        return super().absorb(dispatch, content)
+        return super().absorb(dispatch, content, staleness)
 
 
 def signals(answer, event):
@@ -190,7 +190,7 @@ def test_a_grid_that_fails_for_a_while_is_asked_again(call, flower_log):
 
 @pytest.mark.parametrize("call", ["get_node_ids", "get_nodes", "push_messages", "pull_messages"])
 def test_a_grid_that_stays_broken_ends_the_run_with_the_cause(call, monkeypatch):
-    monkeypatch.setattr("flwr_cloned_kd.asynchronous.courier.MOST_FAILED_CALLS", 3)
+    monkeypatch.setattr("flwr_cloned_kd.asynchronous.courier.MAX_FAILED_CALLS", 3)
     grid = Flaky(FakeGrid([adds(1), adds(2)]), {call: 10**9})
     with pytest.raises(ConnectionError, match="3 calls in a row failed, at last with OS") as caught:
         Tally().start(grid, NOTHING, num_rounds=2)
@@ -240,10 +240,10 @@ def test_a_name_that_cannot_be_decoded_costs_no_other_its_name():
 
 
 def test_many_answers_that_cannot_be_decoded_are_no_broken_grid(monkeypatch):
-    monkeypatch.setattr("flwr_cloned_kd.asynchronous.courier.MOST_FAILED_CALLS", 3)
+    monkeypatch.setattr("flwr_cloned_kd.asynchronous.courier.MAX_FAILED_CALLS", 3)
     hostile = unreadable("query", unreadable("train", adds(0)))
     strategy = Tally(max_in_flight=5, max_failures=100)
-    monkeypatch.setattr("flwr_cloned_kd.asynchronous.session.Health.FAILURES_BEFORE_A_PAUSE", 100)
+    monkeypatch.setattr("flwr_cloned_kd.asynchronous.session.FAILURES_BEFORE_A_PAUSE", 100)
     grid = FakeGrid([hostile, hostile, hostile, hostile, adds(1)])
     strategy.start(grid, NOTHING, num_rounds=5, timeout=ENOUGH_SECONDS)
     assert strategy.w == 1
@@ -302,12 +302,13 @@ def test_silence_counts_as_a_failure():
 
 
 def test_the_pause_after_failures_in_a_row_doubles_up_to_a_minute():
-    health = Health(20)
-    pauses = [health.fail(100.0) for _ in range(10)]
+    session = Session(max_failures=20)
+    pauses = [session.fail(f"edge {i}", 100.0) for i in range(10)]
     assert pauses == [0, 0, 1, 2, 4, 8, 16, 32, 60, 60]
-    assert health.paused_until == 160
-    health.succeed()
-    assert health.fail(200.0) == 0
+    assert session.paused_until == 160
+    session.succeed("edge 3")
+    assert session.paused_until < 0
+    assert session.fail("edge 3", 200.0) == 0
 
 
 def dispatch(edge, node, deadline=100.0):
@@ -320,7 +321,7 @@ def test_an_edge_that_failed_rests_before_it_is_asked_again():
         session.introduce(node, name, {1, 2})
     assert session.choose({1, 2}, now=0.0) == 1
     session.depart("m", dispatch("a", 1))
-    session.in_flight.pop("m")
+    session.arrive("m", 0.0)
     session.fail("a", now=0.0)
     session.visits["b"] = 5  # else b would be first anyway
     # 10 s after a first failure, 20 s more after a second.
@@ -338,8 +339,67 @@ def test_the_least_visited_edge_present_is_next_the_earliest_first():
     assert session.choose([5, 6, 7]) == 7  # 7 is back, and came first
     session.visits["c"] = 2
     assert session.choose([5, 6, 7]) == 6
-    session.in_flight.clear()
+    session.arrive("m", 0.0)
     assert session.choose([5, 7]) == 5
+
+
+def test_a_rest_that_is_over_does_not_hide_a_deadline():
+    session = Session(revisit=True)
+    for node in (1, 2):
+        session.introduce(node, str(node), {1, 2})
+    session.depart("m", dispatch("1", 1))
+    session.arrive("m", 1.0)
+    session.fail("1", now=1.0)
+    session.visits["2"] = 5
+    assert session.choose({1, 2}, now=1.0) == 2  # and from now on edge 1 rests
+    session.depart("n", dispatch("2", 2, deadline=100.0))
+    assert [session.next_due(now) for now in (1.0, 11.0)] == [11.0, 100.0]
+    assert session.next_due(100.0) == float("inf")
+
+
+def test_an_edge_that_is_not_asked_again_does_not_rest():
+    session = Session()
+    session.introduce(1, "a", {1})
+    assert session.choose({1}) == 1
+    session.depart("m", dispatch("a", 1))
+    session.arrive("m", 1.0)
+    session.fail("a", now=1.0)
+    assert session.choose({1}, now=1.0) is None
+    assert not session.has_resting
+
+
+def test_the_books_survive_a_resume():
+    """Edge a was settled once; edges b and c have a request under way each."""
+    session = Session(revisit=True)
+    for number, edge in enumerate("abc", start=1):
+        session.introduce(number, edge, {1, 2, 3})
+        session.depart(edge, Dispatch(number, edge, 0, None, 0, 0.0, 1.0, number=number))
+    session.settle(session.arrive("a", 0.0))
+    progress = session.progress()
+    assert progress == Progress(4, {"b": [2], "c": [3]}, {"a": 1})
+    resumed = Session(revisit=True)
+    resumed.resume(progress)
+    assert resumed.progress() == progress
+    assert resumed.num_visits == 1
+    assert [resumed.number_for(edge) for edge in "abc"] == [4, 2, 3]
+    resumed.depart("m", Dispatch(2, "b", 0, None, 0, 0.0, 1.0, number=2))
+    assert [resumed.number_for(edge) for edge in "abc"] == [4, 4, 3]
+    assert resumed.progress() == progress
+
+
+@pytest.mark.parametrize(("max_staleness", "accepted"), [(None, 1), (2, 1), (1, 0)])
+def test_too_stale_an_answer_is_refused_by_the_loop(max_staleness, accepted):
+    """Edge 1 trains for 10 s; meanwhile the edges 2 and 3 make two versions."""
+    strategy = Tally(max_in_flight=2, max_staleness=max_staleness)
+    seconds = {"0": 10.0, "1": 1.0, "2": 1.0}
+    grid = VirtualGrid(
+        [adds(1), adds(2), adds(3)], compute=lambda edge, visit, seed: seconds[str(edge)]
+    )
+    strategy.start(grid, NOTHING, num_rounds=3)
+    last = strategy.history[-1]
+    assert (last["edge"], last["staleness"], last["accepted"]) == ("1", 2, accepted)
+    refusal = "" if accepted else "staleness: expected at most 1, got 2"
+    assert last["cause"] == refusal
 
 
 def test_an_answer_to_a_request_that_was_given_up_is_dropped():
@@ -351,10 +411,10 @@ def test_an_answer_to_a_request_that_was_given_up_is_dropped():
             Message(RecordDict(), dst_node_id=node, message_type="query"),
             Dispatch(node, "1", 0, None, 0, now, now + 1e9, number=number),
         ),
+        lambda *event: None,
         num_rounds=1,
         max_in_flight=1,
         timeout=1e9,
-        max_failures=1,
     )
     deadline = time.monotonic() + ENOUGH_SECONDS
     while not session.in_flight and time.monotonic() < deadline:

@@ -77,7 +77,7 @@ class Tally(AsyncStrategy):
     def request(self, server_round, config):
         return RecordDict({"arrays": self.arrays, "config": config}), self.w
 
-    def absorb(self, dispatch, content):
+    def absorb(self, dispatch, content, staleness):
         found = float(content["arrays"]["w"].numpy())
         with self.publishing:
             self.w, self.version = self.w + found, self.version + 1

@@ -133,10 +133,10 @@ class Kept(Tally):
         super().__init__(*args, **options)
         self.stop_before = stop_before
 
-    def absorb(self, dispatch, content):
+    def absorb(self, dispatch, content, staleness):
         if len(self.history) + 1 == self.stop_before:
             raise KeyboardInterrupt
-        return super().absorb(dispatch, content)
+        return super().absorb(dispatch, content, staleness)
 
     def state_dict(self):
         return {"w": torch.tensor(self.w, dtype=torch.float64)}, {}
@@ -302,7 +302,7 @@ def test_another_model_seed_number_of_clones_or_strategy_is_named(written):
     core = victim.make().core
     bigger = Core(model=nn.Linear(5, 3), dataset=core.dataset, distillation=core.distillation,
                   seed=3)  # fmt: skip
-    with pytest.raises(ValueError, match=r"core\.ckpt: weight: expected shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"core\.ckpt: core: weight: expected shape \(3, 5\)"):
         start_from(written, ClonedKD(bigger, num_clones=2, checkpoint=written))
     with pytest.raises(ValueError, match=r"core\.ckpt: num_clones: expected 3, got 2"):
         start_from(written, ClonedKD(core, num_clones=3, checkpoint=written))
@@ -361,7 +361,7 @@ def test_a_header_that_lacks_something_is_named(written):
     tensors, header = file.read(written)
     del header["state"]["train_accuracy"]
     file.write(written, tensors, header)
-    with pytest.raises(ValueError, match=r"core\.ckpt: expected a complete header, got KeyError"):
+    with pytest.raises(ValueError, match=r"core\.ckpt: core state: expected .*train_accuracy"):
         start_from(written, victim.make(written))
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +49,29 @@ def told(strategy):
 
 def nodes(count):
     return [adds(1 + i) for i in range(count)]
+
+
+def crash(message, context):
+    if message.metadata.message_type == "query":
+        return Message(Error(1, "no query function"), reply_to=message)
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("revisit", [False, True])
+def test_edges_that_rested_do_not_end_a_run_with_a_request_under_way(revisit):
+    """Four edges fail, one stays silent for 100 s, three answer.
+
+    When the rest of the first edge ends at 11 s, the silent edge's request is under way.
+    """
+
+    def silent(message, context):
+        return adds(0)(message, context) if message.metadata.message_type == "query" else None
+
+    grid = VirtualGrid([crash] * 4 + [silent] + nodes(3))
+    strategy = run(grid, rounds=8, timeout=100.0, revisit=revisit)
+    assert [row["accepted"] for row in strategy.history] == [0] * 5 + [1] * 3
+    assert strategy.w == 6
+    assert strategy.history[-1]["time"] > 100
 
 
 def test_a_timeline_derived_by_hand():
