@@ -40,7 +40,7 @@ from .method.knowledge import (
     retained,
 )
 from .method.variants import PRESETS, VARIANTS, Variant, cloned, practical, unselective
-from .virtual.draws import Constant, Draw, Exponential, LogNormal, Trace
+from .virtual.durations import Constant, Draw, Exponential, LogNormal, Trace
 from .virtual.grid import VirtualGrid
 
 __version__ = "0.1.0"
