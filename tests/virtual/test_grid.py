@@ -88,7 +88,7 @@ def test_no_thread_and_no_waiting():
     assert time.monotonic() - started < 10
 
 
-def test_an_edge_that_departs_loses_its_work_and_is_given_up():
+def test_the_request_of_an_edge_that_departs_expires():
     grid = VirtualGrid(nodes(2), compute=10.0, stay=by_edge(4, math.inf))
     strategy = run(grid, rounds=2, timeout=30)
     assert steps(strategy) == [
@@ -277,7 +277,7 @@ NUMBERS = st.floats(0.01, 100)
     timeout=st.floats(1, 200),
     revisit=st.booleans(),
 )
-def test_whatever_happens_the_books_balance(
+def test_every_request_is_accounted_for_in_any_federation(
     num_edges, cap, seed, compute, stay, core, crash, arrival, timeout, revisit
 ):
     train_seconds = LogNormal(median=compute, sigma=1.0)
