@@ -3,9 +3,10 @@
 Lee, Yoo and Kwak, "Asynchronous Edge Learning using Cloned Knowledge Distillation", 2020.
 """
 
+from .asynchronous.accounts import accounts
 from .asynchronous.staleness import ConstantStaleness, HingeStaleness, PolynomialStaleness
 from .asynchronous.strategy import AsyncStrategy
-from .asynchronous.timeline import Event, accounts, draw_timeline
+from .asynchronous.timeline import Event, draw_timeline
 from .baselines.fedasync import FedAsync
 from .baselines.fedbuff import FedBuff
 from .data.datasets import (
@@ -39,7 +40,7 @@ from .method.knowledge import (
     retained,
 )
 from .method.variants import PRESETS, VARIANTS, Variant, cloned, practical, unselective
-from .virtual.draws import Constant, Draw, Exponential, LogNormal, Trace
+from .virtual.durations import Constant, Draw, Exponential, LogNormal, Trace
 from .virtual.grid import VirtualGrid
 
 __version__ = "0.1.0"

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..asynchronous.timeline import Event, accounts, draw_timeline
+from ..asynchronous.accounts import accounts
+from ..asynchronous.timeline import Event, draw_timeline
 from ..io.checkpoint import write_atomically
 from ..method.core import Core
 from .settings import Settings

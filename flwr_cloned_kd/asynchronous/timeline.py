@@ -1,11 +1,10 @@
-"""Who was busy when, and what it cost."""
+"""The events of a run, and a picture of when the core and the edges were busy."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-# Okabe and Ito's palette: told apart with every kind of colour vision; hatches tell in grey.
+# The palette of Okabe and Ito, for all kinds of colour vision; the hatches are for print in grey.
 LOOKS = {
     "learn": ("core learns", "#0072B2", ""),
     "refused": ("core refuses", "#D55E00", "////"),
@@ -14,17 +13,20 @@ LOOKS = {
     "expire": ("edge silent", "#999999", "...."),
     "open": ("still under way", "#F0E442", ""),
 }
-MOST_LANES = 60
+"""Look -> text in the legend, colour, hatch."""
+
+MAX_LANES = 60
 CORE = ""
-"""The core's lane: no edge has an empty name, but one may call itself "core"."""
+"""The core's lane. No edge has an empty name, but the name of an edge may be "core"."""
 
 
 class Event(NamedTuple):
     """Something that happened in a run.
 
-    Kinds: "arrive" (an edge is known from now on), "ask", then one of "answer", "error" (the edge
-    crashed) and "expire" (it stayed silent); "learn" (the core turns to the answer), then one of
-    "absorb" and "refuse". A `VirtualGrid` also tells of "depart".
+    Kinds: "arrive" (the edge is known from now on); "ask", then one of "answer", "error" (the edge
+    crashed) and "expire" (no answer before the deadline); "learn" (the core takes the answer from
+    the queue), then one of "absorb" and "refuse". The events of a `VirtualGrid` also include
+    "depart".
     """
 
     time: float
@@ -32,13 +34,16 @@ class Event(NamedTuple):
     kind: str
     edge: str
     number: int
-    """Of the request, from 1; 0 for "arrive"."""
+    """Number of the request, from 1; 0 for "arrive" and "depart".
+
+    In the events of a `VirtualGrid` the number counts the requests to this edge.
+    """
     version: int
-    """Of the core at that time."""
+    """Version of the core at that time; always 0 in the events of a `VirtualGrid`."""
 
 
 class Span(NamedTuple):
-    """A time for which somebody was busy."""
+    """A time for which the core or an edge was busy."""
 
     lane: str
     """The edge, or `CORE`."""
@@ -49,8 +54,11 @@ class Span(NamedTuple):
 
 
 def spans(events: Sequence[Event]) -> list[Span]:
-    """Pair what began with what ended it; what did not end lasts until the last event."""
-    found: list[Span] = []
+    """Pair each event that begins something with the event that ends it.
+
+    A span whose end is missing lasts until the last event.
+    """
+    closed: list[Span] = []
     asked: dict[tuple[str, int], float] = {}
     learning: dict[tuple[str, int], float] = {}
     for event in events:
@@ -59,52 +67,27 @@ def spans(events: Sequence[Event]) -> list[Span]:
             asked[key] = event.time
         elif event.kind in ("answer", "error", "expire") and key in asked:
             look = "train" if event.kind == "answer" else event.kind
-            found.append(Span(event.edge, asked.pop(key), event.time, look))
+            closed.append(Span(event.edge, asked.pop(key), event.time, look))
         elif event.kind == "learn":
             learning[key] = event.time
         elif event.kind in ("absorb", "refuse") and key in learning:
             look = "learn" if event.kind == "absorb" else "refused"
-            found.append(Span(CORE, learning.pop(key), event.time, look))
+            closed.append(Span(CORE, learning.pop(key), event.time, look))
     end = max((event.time for event in events), default=0.0)
-    found += [Span(edge, begin, end, "open") for (edge, _), begin in asked.items()]
-    return found + [Span(CORE, begin, end, "open") for begin in learning.values()]
-
-
-def accounts(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Sum up rounds, as `on_round` is told them: bytes, seconds per phase, idle time, staleness.
-
-    Returns:
-        "bytes-down" and "bytes-up"; "bytes-per-edge", edge -> [down, up]; "edge-seconds" (edges
-        busy, travel included), "wait-seconds" (answers waiting), "core-seconds" (core busy),
-        "core-idle-seconds", "edge-idle-seconds" (present and not asked; of edges that were asked at
-        last); "staleness", staleness -> rounds.
-    """
-    rows = list(rows)
-    per_edge: dict[str, list[int]] = {}
-    for row in rows:
-        edge = per_edge.setdefault(str(row["edge"]), [0, 0])
-        edge[0] += row.get("bytes-down", 0)
-        edge[1] += row.get("bytes-up", 0)
-    sums = ("edge-seconds", "wait-seconds", "core-seconds", "core-idle-seconds",
-            "edge-idle-seconds")  # fmt: skip
-    staleness = Counter(row["staleness"] for row in rows if "staleness" in row)
-    return {
-        "bytes-down": sum(down for down, _ in per_edge.values()),
-        "bytes-up": sum(up for _, up in per_edge.values()),
-        "bytes-per-edge": per_edge,
-        **{name: sum(row.get(name, 0.0) for row in rows) for name in sums},
-        "staleness": {str(late): staleness[late] for late in sorted(staleness)},
-    }
+    open_edges = [Span(edge, begin, end, "open") for (edge, _), begin in asked.items()]
+    open_core = [Span(CORE, begin, end, "open") for begin in learning.values()]
+    return closed + open_edges + open_core
 
 
 def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "") -> None:
-    """Draw who was busy when: a lane for the core, if it learned, and one per edge.
+    """Draw when the core and the edges were busy: one lane for the core, and one per edge.
 
-    Beyond 60 edges only the first to be asked are drawn.
+    Of more than 60 edges, the 60 that were asked first are drawn.
 
     Args:
-        events: `AsyncStrategy.events` of any run, or `VirtualGrid.events`.
-        path: of the picture; its suffix says which kind.
+        events: `AsyncStrategy.events` of any run, or `VirtualGrid.events`, which do not include
+            what the core does.
+        path: where to write the picture; the suffix determines its format.
 
     Raises:
         ImportError: without matplotlib.
@@ -112,34 +95,41 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    found = sorted(spans(events), key=lambda span: span.begin)
-    names = [name for name in dict.fromkeys(s.lane for s in found) if name != CORE][:MOST_LANES]
-    lanes = {name: place for place, name in enumerate([CORE, *names])}
-    figure = Figure(figsize=(10, 1.2 + 0.24 * len(lanes)), layout="constrained")
+    by_begin = sorted(spans(events), key=lambda span: span.begin)
+    edges = [lane for lane in dict.fromkeys(span.lane for span in by_begin) if lane != CORE]
+    edges = edges[:MAX_LANES]
+    places = {lane: place for place, lane in enumerate([CORE, *edges])}
+    figure = Figure(figsize=(10, 1.2 + 0.24 * len(places)), layout="constrained")
     axes = figure.subplots()
     for look, (_, colour, hatch) in LOOKS.items():
-        for name, place in lanes.items():
-            mine = [(s.begin, s.end - s.begin) for s in found if (s.lane, s.look) == (name, look)]
-            style: dict[str, Any] = {
-                "facecolor": colour,
-                "hatch": hatch,
-                "edgecolor": "white",
-                "linewidth": 0.5,
-            }
-            axes.broken_barh(mine, (place - 0.4, 0.8), **style)
-    known = {name: place for name, place in lanes.items() if name != CORE}
+        for lane, place in places.items():
+            bars = [
+                (span.begin, span.end - span.begin)
+                for span in by_begin
+                if (span.lane, span.look) == (lane, look)
+            ]
+            axes.broken_barh(
+                bars,
+                (place - 0.4, 0.8),
+                facecolor=colour,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0.5,
+            )
     for event in events:
-        if event.kind in ("arrive", "depart") and event.edge in known:
-            mark = ">" if event.kind == "arrive" else "<"
-            axes.plot(event.time, known[event.edge], mark, color="black", markersize=4)
-    labels = ["core", *names]
-    # An edge may have a name that is no TeX: "$" in it stands for itself.
-    axes.set_yticks(list(lanes.values()), labels, parse_math=False)
+        if event.kind in ("arrive", "depart") and event.edge in edges:
+            marker = ">" if event.kind == "arrive" else "<"
+            axes.plot(event.time, places[event.edge], marker, color="black", markersize=4)
+    # Show the names of edges verbatim: "$" must not start math mode.
+    axes.set_yticks(list(places.values()), ["core", *edges], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the start of the run")
     axes.set_title(title)
-    used = [LOOKS[look] for look in LOOKS if any(s.look == look for s in found)]
-    patches = [Patch(facecolor=c, hatch=h, edgecolor="white", label=text) for text, c, h in used]
+    patches = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=text)
+        for look, (text, colour, hatch) in LOOKS.items()
+        if any(span.look == look for span in by_begin)
+    ]
     if patches:
         axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=120)

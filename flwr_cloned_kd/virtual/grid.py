@@ -1,4 +1,4 @@
-"""A federation in virtual time: one process, no threads, no waiting, the same bits every time."""
+"""A federation in virtual time: one process, no threads, no waiting, and reproducible bits."""
 
 import heapq
 import math
@@ -12,42 +12,53 @@ from flwr.serverapp import Grid
 from ..asynchronous.timeline import Event
 from ..engine.recipe import fold_in
 from ..io.messages import num_bytes
-from .draws import Draw, as_draw
+from .durations import Draw, as_draw
+from .superlink import assign_id, identify_process, replace_by_error
 
 App = Callable[[Message, Context], Message | None]
-"""A `ClientApp`, or any function like it; None is an edge that never answers."""
+"""A `ClientApp`, or a function with the same arguments. If it returns None, the edge never answers.
+
+An exception, or a result that is no `Message`, becomes an error reply.
+"""
 
 FIRST_NODE = 100
-NODE_OFFLINE, PROCESS_KILLED, APP_RAISED = 5, 8, 2
+"""Node id of edge 0."""
+
+# Error codes of Flower.
+APP_RAISED = 2
+NODE_OFFLINE = 5
+PROCESS_KILLED = 8
 
 
 class VirtualGrid(Grid):
     """Nodes with scripted or drawn speeds, arrivals, departures and crashes, and a clock.
 
-    It runs the client apps one by one, in the caller's thread. A request takes bytes / `down`
-    seconds to the edge, `compute` seconds there, and bytes / `up` back. What it is asked who it is
-    ("query") or to evaluate costs no computing, and a query no transfer either. The clock stands
-    still but for `advance`, `send_and_receive` and what a strategy does with it.
+    The grid runs the client apps one by one, in the caller's thread. A request takes bytes / `down`
+    seconds to the edge, `compute` seconds there, and bytes / `up` seconds back. Queries and
+    evaluations take no computing time; queries take no transfer time either. Time passes only in
+    `advance` and in `send_and_receive`; a strategy calls them.
 
-    An edge that departs loses the request it works on, and is silent about it; a stored reply is
-    lost if it is asked for while the edge is away, as with Flower.
+    An edge that departs loses the request that it works on and sends no error. A stored reply is
+    lost if it is pulled while the edge is away, as with Flower.
 
     Args:
-        apps: one per edge; edge i's node config is {"partition-id": i, "num-partitions": n}.
-        compute: seconds of one training; infinity never ends.
-        down, up: bytes per second, above 0; infinity takes no time.
-        arrival: seconds until an edge is there.
-        stay: seconds until it departs; infinity never does.
-        away: seconds until it is back; infinity never is. Then it stays and departs again.
+        apps: one per edge; the node config of edge i is {"partition-id": i, "num-partitions": n}.
+        compute: seconds of one training; with infinity a training never ends.
+        down, up: bytes per second, above 0; with infinity a transfer takes no time.
+        arrival: seconds until an edge arrives.
+        stay: seconds until an edge that is present departs; with infinity it never departs.
+        away: seconds until an edge that departed returns; with infinity it never returns.
         crash: probability, in [0, 1], that a training ends half way with an error.
-        core: seconds that the core takes to learn from an answer; for it, the edge is the one that
-            answered, and the visit the number of its request.
+        core: seconds that the core takes to learn from an answer. The edge of this draw is the one
+            that answered, and the visit is the number of its request.
         seed: determines every draw.
 
-        Each but the seed is a number, or a `Draw` such as `LogNormal` or `Trace`.
+        All options but the seed are numbers, or a `Draw` such as `LogNormal` or `Trace`. The visit
+        of a draw counts the requests to an edge, from 1; it is 0 for `arrival`, 1, 3, 5, ... for
+        `stay` and 2, 4, 6, ... for `away`.
 
     Raises:
-        ValueError: if there is no app; when it is drawn, for a number out of range.
+        ValueError: if there is no app; at the time of a draw, if its number is out of range.
     """
 
     def __init__(
@@ -66,21 +77,33 @@ class VirtualGrid(Grid):
     ) -> None:
         if not apps:
             raise ValueError("apps: expected at least one, got none")
-        _identify()
-        given = {"compute": compute, "down": down, "up": up, "arrival": arrival, "stay": stay,
-                 "away": away, "crash": crash, "core": core}  # fmt: skip
-        self.apps, self.seed = list(apps), seed
+        identify_process()
+        self.apps = list(apps)
+        self.seed = seed
         self.events: list[Event] = []
-        self._draws = {name: as_draw(draw) for name, draw in given.items()}
-        self._time, self._count = 0.0, 0
+        self._draws = {
+            "compute": as_draw(compute),
+            "down": as_draw(down),
+            "up": as_draw(up),
+            "arrival": as_draw(arrival),
+            "stay": as_draw(stay),
+            "away": as_draw(away),
+            "crash": as_draw(crash),
+            "core": as_draw(core),
+        }
+        self._time = 0.0
+        # Numbers the messages, and the events of the heap: the earlier of two at one time is first.
+        self._count = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._online: dict[int, float] = {}
         self._view: KeysView[int] = self._online.keys()
-        self._stale = False
+        self._view_is_stale = False
         self._contexts: dict[int, Context] = {}
         self._visits: dict[int, int] = {}
-        self._stays: dict[int, int] = {}
+        # Edge -> its arrivals and departures so far: odd while it is present.
+        self._moves: dict[int, int] = {}
         self._replies: dict[str, Message] = {}
+        # Message id -> edge, of requests without a reply so far.
         self._pending: dict[str, int] = {}
         for edge in range(len(apps)):
             self._at(self._draw("arrival", edge, 0), partial(self._arrive, edge))
@@ -90,11 +113,14 @@ class VirtualGrid(Grid):
     # The clock
 
     def now(self) -> float:
-        """Seconds since the grid was made."""
+        """Return the seconds since the grid was made."""
         return self._time
 
     def advance(self, until: float) -> bool:
-        """Let time pass to the next event, or to `until` if none comes before; return which.
+        """Let time pass to the next event, or to `until` if no event comes before.
+
+        Returns:
+            Whether an event happened.
 
         Raises:
             ValueError: if `until` has passed.
@@ -109,17 +135,17 @@ class VirtualGrid(Grid):
         return True
 
     def core_seconds(self, edge: str, number: int) -> float:
-        """Draw how long the core takes to learn from one answer."""
+        """Draw the seconds that the core takes to learn from one answer."""
         return self._draw("core", edge, number)
 
     # Flower's Grid
 
     def set_run(self, run: Any) -> None:
-        """Ignore the run: there is one only."""
+        """Ignore the run: this grid has only one."""
 
     @property
     def run(self) -> Any:
-        """Refuse: a virtual federation is no run of a SuperLink."""
+        """Raise a RuntimeError: a virtual federation is not a run of a SuperLink."""
         raise RuntimeError("VirtualGrid: expected no use of its run")
 
     def create_message(
@@ -130,93 +156,105 @@ class VirtualGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Make a message."""
+        """Create a message."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> KeysView[int]:
-        """Return the nodes present, in order of arrival; the same object until that changes."""
-        if self._stale:
-            self._view, self._stale = dict(self._online).keys(), False
+        """Return the nodes present, in order of arrival; the same object until they change."""
+        if self._view_is_stale:
+            self._view = dict(self._online).keys()
+            self._view_is_stale = False
         return self._view
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send requests; the id is "" for a node that is not there."""
+        """Send requests; return their ids, "" for a request to a node that is away."""
         return [self._push(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies that have arrived; for a node that is away an error instead."""
-        found = []
+        """Return the replies that have arrived; an error replaces that of a node that is away."""
+        replies = []
         for message_id in message_ids:
-            reply = self._replies.get(message_id)
-            if reply is not None and reply.metadata.src_node_id in self._online:
-                found.append(self._replies.pop(message_id))
-            elif reply is not None:
-                del self._replies[message_id]
-                error = Error(NODE_OFFLINE, "node offline")
-                reply.__dict__.update(_content=None, _error=error)
-                found.append(reply)
-        return found
+            reply = self._replies.pop(message_id, None)
+            if reply is None:
+                continue
+            if reply.metadata.src_node_id not in self._online:
+                replace_by_error(reply, Error(NODE_OFFLINE, "node offline"))
+            replies.append(reply)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send requests and let time pass until all are answered, lost, or out of time."""
+        """Send requests; let time pass until each has a reply or is lost, or until the timeout."""
         missing = [message_id for message_id in self.push_messages(messages) if message_id]
-        until, found = self._time + (math.inf if timeout is None else timeout), []
+        until = self._time + (math.inf if timeout is None else timeout)
+        replies: list[Message] = []
         while missing:
-            replies = self.pull_messages(missing)
-            found += replies
-            answered = {reply.metadata.reply_to_message_id for reply in replies}
+            arrived = self.pull_messages(missing)
+            replies += arrived
+            answered = {reply.metadata.reply_to_message_id for reply in arrived}
             missing = [key for key in missing if key not in answered and key in self._pending]
             if missing and not self.advance(until):
                 break
-        return found
+        return replies
 
-    # What happens
+    # What happens to a request
 
     def _push(self, message: Message) -> str:
-        node, kind = message.metadata.dst_node_id, message.metadata.message_type
+        node = message.metadata.dst_node_id
         if node not in self._online:
             return ""
-        edge, self._count = node - FIRST_NODE, self._count + 1
-        message_id = message.metadata.__dict__["_message_id"] = f"message-{self._count}"
+        edge = node - FIRST_NODE
+        kind = message.metadata.message_type
+        self._count += 1
+        message_id = assign_id(message, f"message-{self._count}")
         if kind == "query":
-            self._reply(message, self._answer(message))
+            self._store(message, self._answer(message))
             return message_id
         visit = self._visits[edge] = self._visits.get(edge, 0) + 1
         self._record("ask", edge, visit)
         self._pending[message_id] = edge
-        seconds = self._seconds("down", edge, visit, message)
+        seconds = self._transfer_seconds("down", edge, visit, message)
         seconds += self._draw("compute", edge, visit) if kind == "train" else 0.0
         crashes = kind == "train" and self._lot(edge, visit) < self._draw("crash", edge, visit)
-        trained = partial(self._trained, message, visit, self._stays[edge], crashes)
-        self._after(seconds / 2 if crashes else seconds, trained)
+        work = partial(self._work, message, visit, self._moves[edge], crashes)
+        self._after(seconds / 2 if crashes else seconds, work)
         return message_id
 
-    def _trained(self, message: Message, visit: int, stays: int, crashes: bool) -> None:
-        """Run the app now that its time is over, and send what it returns on its way."""
+    def _work(self, message: Message, visit: int, moves: int, crashes: bool) -> None:
+        """Run the app once its computing time is over, and send its reply.
+
+        Args:
+            moves: the edge's `_moves` when it was asked. Another number now means that the edge
+                departed in between, and lost the request.
+        """
         edge = message.metadata.dst_node_id - FIRST_NODE
-        if self._stays[edge] != stays:
+        if self._moves[edge] != moves:
             return
         if crashes:
             error = Error(PROCESS_KILLED, "client process killed")
-            self._reply(message, Message(error, reply_to=message), visit)
+            self._store(message, Message(error, reply_to=message), visit)
         elif (reply := self._answer(message)) is not None:
-            seconds = self._seconds("up", edge, visit, reply)
-            self._after(seconds, partial(self._arrived, message, reply, visit, stays))
+            seconds = self._transfer_seconds("up", edge, visit, reply)
+            self._after(seconds, partial(self._deliver, message, reply, visit, moves))
 
-    def _arrived(self, message: Message, reply: Message, visit: int, stays: int) -> None:
-        if self._stays[message.metadata.dst_node_id - FIRST_NODE] == stays:
-            self._reply(message, reply, visit)
+    def _deliver(self, message: Message, reply: Message, visit: int, moves: int) -> None:
+        if self._moves[message.metadata.dst_node_id - FIRST_NODE] == moves:
+            self._store(message, reply, visit)
 
     def _answer(self, message: Message) -> Message | None:
+        """Run the app of the edge; every failure of an app is an error reply, as with Flower."""
         edge = message.metadata.dst_node_id - FIRST_NODE
         try:
-            return self.apps[edge](message, self._context(edge))
-        except Exception as error:  # whatever an app raises is an error reply, as with Flower
+            reply: object = self.apps[edge](message, self._context(edge))
+            if reply is None or isinstance(reply, Message):
+                return reply
+            raise TypeError(f"app: expected a Message or None, got {type(reply).__name__}")
+        except Exception as error:
             return Message(Error(APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
-    def _reply(self, message: Message, reply: Message | None, visit: int = 0) -> None:
+    def _store(self, message: Message, reply: Message | None, visit: int = 0) -> None:
+        """Keep a reply until it is pulled; visit 0 is a query, which is not an event."""
         if reply is None:
             return
         message_id = message.metadata.message_id
@@ -226,21 +264,23 @@ class VirtualGrid(Grid):
             kind = "error" if reply.has_error() else "answer"
             self._record(kind, message.metadata.dst_node_id - FIRST_NODE, visit)
 
+    # Arrivals and departures
+
     def _arrive(self, edge: int) -> None:
-        count = self._stays[edge] = self._stays.get(edge, 0) + 1
+        moves = self._moves[edge] = self._moves.get(edge, 0) + 1
         self._online[FIRST_NODE + edge] = self._time
-        self._stale = True
+        self._view_is_stale = True
         self._record("arrive", edge)
-        self._after(self._draw("stay", edge, count), lambda: self._depart(edge))
+        self._after(self._draw("stay", edge, moves), lambda: self._depart(edge))
 
     def _depart(self, edge: int) -> None:
-        count = self._stays[edge] = self._stays[edge] + 1
+        moves = self._moves[edge] = self._moves[edge] + 1
         del self._online[FIRST_NODE + edge]
-        self._stale = True
+        self._view_is_stale = True
         self._record("depart", edge)
         for message_id in [key for key, busy in self._pending.items() if busy == edge]:
             del self._pending[message_id]
-        self._after(self._draw("away", edge, count), lambda: self._arrive(edge))
+        self._after(self._draw("away", edge, moves), lambda: self._arrive(edge))
 
     def _context(self, edge: int) -> Context:
         if edge not in self._contexts:
@@ -253,6 +293,8 @@ class VirtualGrid(Grid):
             )
         return self._contexts[edge]
 
+    # Events and draws
+
     def _record(self, kind: str, edge: int, visit: int = 0) -> None:
         self.events.append(Event(self._time, kind, str(edge), visit, 0))
 
@@ -264,35 +306,29 @@ class VirtualGrid(Grid):
     def _after(self, seconds: float, happen: Callable[[], Any]) -> None:
         self._at(self._time + seconds, happen)
 
-    def _seconds(self, way: str, edge: int, visit: int, message: Message) -> float:
+    def _transfer_seconds(self, way: str, edge: int, visit: int, message: Message) -> float:
         if not message.has_content():
             return 0.0
         return num_bytes(message.content) / self._draw(way, edge, visit)
 
     def _lot(self, edge: int, visit: int) -> float:
+        """Draw a uniform number in [0, 1); a training crashes if it is below `crash`."""
         return fold_in(self.seed, "crash-lot", edge, visit) / 2.0**63
 
     def _draw(self, name: str, edge: int | str, visit: int) -> float:
+        """Draw the number of one option, and check its range."""
         draw = self._draws[name]
-        once = getattr(draw, "per_edge", False)
-        found = draw(edge, visit, fold_in(self.seed, name, edge, 0 if once else visit))
+        per_edge = getattr(draw, "per_edge", False)
+        number = draw(edge, visit, fold_in(self.seed, name, edge, 0 if per_edge else visit))
         if name in ("down", "up"):
-            fits, expected = found > 0, "above 0"
+            fits = number > 0
+            expected = "above 0"
         elif name == "crash":
-            fits, expected = 0 <= found <= 1, "0 to 1"
+            fits = 0 <= number <= 1
+            expected = "0 to 1"
         else:
-            fits, expected = found >= 0, "at least 0"
+            fits = number >= 0
+            expected = "at least 0"
         if not fits:
-            raise ValueError(f"{name} of edge {edge}: expected {expected}, got {found}")
-        return found
-
-
-def _identify() -> None:
-    """Let this process make messages, which Flower allows only to its own."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    for name in ("run_id", "task_id", "node_id"):
-        try:
-            getattr(TaskIdentity, name)
-        except RuntimeError:
-            setattr(TaskIdentity, name, 1)
+            raise ValueError(f"{name} of edge {edge}: expected {expected}, got {number}")
+        return number

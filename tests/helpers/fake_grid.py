@@ -9,6 +9,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from flwr_cloned_kd.virtual.superlink import assign_id
+
 Answer = Callable[[Message, Context], Message]
 
 
@@ -59,9 +61,8 @@ class FakeGrid(Grid):
             if node not in self.online:
                 ids.append("")
                 continue
-            message.metadata.__dict__["_message_id"] = str(uuid4())
+            ids.append(assign_id(message, str(uuid4())))
             self.pushed.append(message)
-            ids.append(message.metadata.message_id)
             self._replies[ids[-1]] = self._pool.submit(self._answer, node, message)
         return ids
 

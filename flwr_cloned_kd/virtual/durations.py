@@ -1,4 +1,9 @@
-"""Durations and speeds of a virtual federation: constant, drawn, or from a trace."""
+"""Models of the durations, speeds and probabilities of a virtual federation.
+
+Every model is a `Draw`: a function that draws one number for one visit of one edge. `Constant`
+always returns the same number, `LogNormal` and `Exponential` return random numbers, and `Trace`
+returns numbers that were measured.
+"""
 
 import csv
 import json
@@ -9,18 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Draw = Callable[[int | str, int, int], float]
-"""(edge, visit, seed) -> a number of at least 0.
+"""(edge, visit, seed) -> a number of at least 0, such as the seconds of one training.
 
-The visit counts what is drawn for that edge, from 1. The seed is another one for each visit, or,
-if the draw has an attribute `per_edge` that is true, for each edge.
+The visit counts the requests to the edge, from 1; `VirtualGrid` says what it counts for the options
+that belong to no request. Every visit has a seed of its own. If the function has an attribute
+`per_edge` that is true, all visits of an edge have one seed.
 """
 
-LARGEST_SIGMA = 50
-"""From 79 on a draw can overflow: normal numbers reach 9, and e^(9 x 79) is too large a float."""
+MAX_SIGMA = 50
+"""`exp` overflows above 709 and Gaussian draws stay below 9 sigma; 50 leaves a margin."""
 
 
 def as_draw(value: Draw | float) -> Draw:
-    """Return a draw, or one that is always this number."""
+    """Return `value` if it is a function; otherwise a `Constant` of this number."""
     return value if callable(value) else Constant(float(value))
 
 
@@ -36,16 +42,16 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormal:
-    """A log-normal number: most near the median, some much larger.
+    """A log-normal number: most numbers are near the median, some are much larger.
 
     Args:
         median: above 0, finite.
-        sigma: standard deviation of the logarithm, at most 50; 0 is constant, 1 spreads over a
-            factor of 50.
+        sigma: standard deviation of the logarithm, at most 50; 0 is constant. With 1, 95 % of the
+            numbers lie between median / 7 and 7 median.
         per_edge: draw once for each edge, so that slow edges stay slow.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: if a number is out of range.
     """
 
     median: float
@@ -53,27 +59,26 @@ class LogNormal:
     per_edge: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.median < math.inf or not 0 <= self.sigma <= LARGEST_SIGMA:
+        if not 0 < self.median < math.inf or not 0 <= self.sigma <= MAX_SIGMA:
             raise ValueError(
-                f"LogNormal: expected a finite median above 0 and sigma in [0, {LARGEST_SIGMA}], "
+                f"LogNormal: expected a finite median above 0 and sigma in [0, {MAX_SIGMA}], "
                 f"got {self.median}, {self.sigma}"
             )
 
     def __call__(self, edge: int | str, visit: int, seed: int) -> float:
-        draw = random.Random(seed)
-        return self.median * math.exp(self.sigma * draw.gauss(0.0, 1.0))
+        return self.median * math.exp(self.sigma * random.Random(seed).gauss(0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential:
-    """An exponential number: waiting for something that can happen at any moment.
+    """An exponential number: the time until an event that is equally likely at every moment.
 
     Args:
         mean: above 0, finite.
         per_edge: draw once for each edge.
 
     Raises:
-        ValueError: for a mean out of range.
+        ValueError: if the mean is out of range.
     """
 
     mean: float
@@ -84,19 +89,18 @@ class Exponential:
             raise ValueError(f"Exponential: expected a finite mean above 0, got {self.mean}")
 
     def __call__(self, edge: int | str, visit: int, seed: int) -> float:
-        draw = random.Random(seed)
-        return draw.expovariate(1.0 / self.mean)
+        return random.Random(seed).expovariate(1.0 / self.mean)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Numbers that were measured: an edge uses its own in turn, and then from the first again.
+    """Measured numbers: an edge uses its own numbers in turn, then starts again with the first.
 
     Args:
         numbers: edge -> numbers, each at least 0. Edges are numbered from 0.
 
     Raises:
-        ValueError: naming the edge without numbers, or whose number is none.
+        ValueError: if an edge has no numbers or one that is not valid; the error names the edge.
     """
 
     numbers: Mapping[str, Sequence[float]]
@@ -110,21 +114,21 @@ class Trace:
     def read(cls, path: str | Path) -> "Trace":
         """Read a trace file.
 
-        `.json` is an object, edge -> list of numbers; `.csv` has the columns edge and value, one
-        number a row.
+        A `.json` file is an object, edge -> list of numbers. A `.csv` file has the columns edge
+        and value, one number a row.
 
         Raises:
-            ValueError: if the file is neither, naming it.
+            ValueError: if the file has neither form; the error names the file.
         """
         path = Path(path)
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 if path.suffix == ".json":
                     return cls({str(edge): numbers for edge, numbers in json.load(file).items()})
-                found: dict[str, list[float]] = {}
+                by_edge: dict[str, list[float]] = {}
                 for row in csv.DictReader(file):
-                    found.setdefault(row["edge"], []).append(float(row["value"]))
-                return cls(found)
+                    by_edge.setdefault(row["edge"], []).append(float(row["value"]))
+                return cls(by_edge)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             expected = "edge -> numbers as .json, or columns edge and value as .csv"
             raise ValueError(f"{path}: expected {expected}, got {error!r}") from None
