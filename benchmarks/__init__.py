@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks.engine`, `python -m benchmarks.accuracy`; see README.md."""
+"""Measurements, each run as `python -m benchmarks.NAME`; see README.md."""

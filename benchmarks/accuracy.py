@@ -1,4 +1,4 @@
-"""Does a switch that should change only the speed change the accuracy? On digits, over seeds.
+"""Check on digits, over seeds, that the switches of `Runtime` do not change the accuracy.
 
 `python -m benchmarks.accuracy --help`
 """
@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -68,7 +69,7 @@ def run(runtime: Runtime, *, seed: int, num_edges: int, epochs: int) -> tuple[fl
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run every switch with every seed, in turns; print a table."""
+    """Run every choice of `RUNTIMES` with every seed, in turns; print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--edges", type=int, default=9, choices=range(1, 10), metavar="1..9")
@@ -76,29 +77,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
     console = Console(width=110)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNTIMES}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNTIMES}
     for seed in range(options.seeds):
         for name, runtime in RUNTIMES.items():
-            result = run(runtime, seed=seed, num_edges=options.edges, epochs=options.epochs)
-            found[name].append(result)
-            console.print(f"seed {seed}, {name}: {result[0]:.3f} in {result[1]:.0f} s")
-    table = Table(title=f"Digits, CEM practical, {options.edges} edges: {hardware_name()}")
+            accuracy, seconds = run(
+                runtime, seed=seed, num_edges=options.edges, epochs=options.epochs
+            )
+            results[name].append((accuracy, seconds))
+            console.print(f"seed {seed}, {name}: {accuracy:.3f} in {seconds:.0f} s")
+    device = hardware(Runtime().target)
+    table = Table(title=f"Digits, CEM practical, {options.edges} edges: {device}")
     for column in ("runtime", "core accuracy, per seed", "mean", "seconds, mean"):
         table.add_column(column)
-    for name, results in found.items():
-        accuracies, took = zip(*results)
-        mean = sum(accuracies) / len(accuracies)
-        each = " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-        table.add_row(name, each, f"{mean:.3f}", f"{sum(took) / len(took):.0f}")
+    for name, pairs in results.items():
+        accuracies, seconds_of_runs = zip(*pairs)
+        numbers = " ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+        table.add_row(name, numbers, f"{fmean(accuracies):.3f}", f"{fmean(seconds_of_runs):.0f}")
     console.print(table)
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
-    return found
-
-
-def hardware_name() -> str:
-    """Name the device that "auto" stands for."""
-    return hardware(Runtime().target)
+        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 if __name__ == "__main__":

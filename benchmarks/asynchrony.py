@@ -1,12 +1,15 @@
-"""Time to accuracy in virtual time: cloned KD with several edges in flight against FedAvg, FedAsync
-and FedBuff, on digits. `python -m benchmarks.asynchrony --help`
+"""Measure the virtual time to an accuracy: cloned KD, FedAvg, FedAsync and FedBuff, on digits.
+
+`python -m benchmarks.asynchrony --help`
 """
 
 import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,7 +37,12 @@ from flwr_cloned_kd import (
 )
 from flwr_cloned_kd.io.checkpoint import write_atomically
 
-TRAIN_SECONDS, SPREAD, CORE_SECONDS, BYTES_PER_SECOND = 60.0, 1.0, 20.0, 100_000.0
+TRAIN_SECONDS = 60.0
+"""Median time of an edge to train one clone."""
+SPREAD = 1.0
+"""Standard deviation of the logarithm of that time."""
+CORE_SECONDS = 20.0
+BYTES_PER_SECOND = 100_000.0
 GOALS = (0.90, 0.95)
 IN_FLIGHT = (1, 2, 4, 8)
 STYLES = {
@@ -48,21 +56,22 @@ STYLES = {
 }
 
 Curve = list[tuple[float, float]]
-"""(virtual seconds, accuracy of the global model), the start first."""
+"""(virtual seconds, accuracy of the global model), with the first core at 0 seconds."""
 
 
 class Study:
-    """One seed: the core, its edges, and a federation whose speeds are drawn from it."""
+    """The core, the edges and the speeds of a federation, all drawn from one seed."""
 
     def __init__(self, num_edges: int, seed: int, epochs: int) -> None:
         train, test = load_digits()
         rows = partition(len(train[1]), 10, seed=fold_in(seed, "split"))
-        rest = torch.cat(rows[1:])
+        edge_rows = torch.cat(rows[1:])
         self._parts = [
-            take(train, rest[part])
-            for part in partition(len(rest), num_edges, seed=fold_in(seed, "edges"))
+            take(train, edge_rows[part])
+            for part in partition(len(edge_rows), num_edges, seed=fold_in(seed, "edges"))
         ]
-        self._seed, self._recipe = seed, Recipe(epochs=epochs)
+        self._seed = seed
+        self._recipe = Recipe(epochs=epochs)
         self.core = Core(
             model=digits_cnn(seed=fold_in(seed, "model")),
             dataset=take(train, rows[0]),
@@ -74,7 +83,7 @@ class Study:
         self.first = self.core.pretrain()
 
     def grid(self, num_clones: int) -> VirtualGrid:
-        """Make the federation; training so many clones takes an edge so many times as long."""
+        """Make the federation; the time to train is proportional to the number of clones."""
         return VirtualGrid(
             [self._edge(index) for index in range(len(self._parts))],
             compute=LogNormal(median=num_clones * TRAIN_SECONDS, sigma=SPREAD),
@@ -85,7 +94,7 @@ class Study:
         )
 
     def cloned_kd(self, in_flight: int) -> Curve:
-        """Ask every edge once."""
+        """Run cloned KD: each edge trains once."""
         strategy = ClonedKD(self.core, num_clones=3, max_in_flight=in_flight)
         strategy.start(
             self.grid(3), ArrayRecord(self.first), num_rounds=len(self._parts), timeout=1e6
@@ -95,22 +104,23 @@ class Study:
     def averaging(
         self, kind: type[FedAsync] | type[FedBuff], answers: int, **options: Any
     ) -> Curve:
-        """Ask edges over and over, eight at a time."""
+        """Run an averaging strategy: edges train repeatedly, eight at a time."""
         strategy = kind(max_in_flight=8, measure=self._measure, **options)
-        # Averaging costs the server nothing beside a distillation.
+        # The time of an average is negligible against that of a distillation.
         grid = self.grid(1)
         grid.core_seconds = lambda edge, number: 0.0  # type: ignore[method-assign]
         strategy.start(grid, ArrayRecord(self.first), num_rounds=answers, timeout=1e6)
         return self._curve(strategy.history)
 
     def fedavg(self, num_rounds: int, per_round: int) -> Curve:
-        """Flower's own, which waits for every edge of its round."""
-        grid, curve = self.grid(1), [(0.0, self._accuracy(self.first))]
+        """Run Flower's FedAvg, which waits for every edge of its round."""
+        grid = self.grid(1)
+        curve = [(0.0, self._accuracy(self.first))]
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if server_round:
-                found = arrays.to_torch_state_dict(keep_input=True)
-                curve.append((grid.now(), self._accuracy(found)))
+                params = arrays.to_torch_state_dict(keep_input=True)
+                curve.append((grid.now(), self._accuracy(params)))
             return None
 
         strategy = FedAvg(
@@ -144,33 +154,34 @@ class Study:
         return self.core.held_out_accuracy(params) or 0.0
 
     def _curve(self, rows: Sequence[dict[str, Any]]) -> Curve:
-        kept = [(row["time"], row["core-accuracy"]) for row in rows if row["accepted"]]
-        return [(0.0, self._accuracy(self.first)), *kept]
+        accepted = [(row["time"], row["core-accuracy"]) for row in rows if row["accepted"]]
+        return [(0.0, self._accuracy(self.first)), *accepted]
 
 
 def runs(num_edges: int) -> dict[str, Callable[[Study], Curve]]:
-    """What is compared; the averaging ones train at least as often as cloned KD's clones."""
+    """List the runs to compare; an averaging run trains at least as many models as cloned KD."""
     answers = 3 * min(num_edges, 30)
-    found: dict[str, Callable[[Study], Curve]] = {
-        f"cloned KD, {k} in flight": lambda study, k=k: study.cloned_kd(k)  # type: ignore[misc]
-        for k in IN_FLIGHT
-    }
     per_round = min(num_edges, 10)
-    found["FedAvg, waits"] = lambda study: study.fedavg(answers // per_round, per_round)
-    found["FedAsync, 8 in flight"] = lambda study: study.averaging(FedAsync, answers)
-    found["FedBuff, 8 in flight"] = lambda study: study.averaging(
-        FedBuff, answers, buffer_size=3, server_lr=0.5
-    )
-    return found
+    cloned_kd: dict[str, Callable[[Study], Curve]] = {
+        f"cloned KD, {count} in flight": partial(Study.cloned_kd, in_flight=count)
+        for count in IN_FLIGHT
+    }
+    return cloned_kd | {
+        "FedAvg, waits": lambda study: study.fedavg(answers // per_round, per_round),
+        "FedAsync, 8 in flight": lambda study: study.averaging(FedAsync, answers),
+        "FedBuff, 8 in flight": lambda study: study.averaging(
+            FedBuff, answers, buffer_size=3, server_lr=0.5
+        ),
+    }
 
 
 def time_to(curve: Curve, goal: float) -> float | None:
-    """Return when a run first reached an accuracy, in virtual seconds; None if never."""
+    """Return the virtual seconds until a run first reaches an accuracy; None if it never does."""
     return next((time for time, accuracy in curve if accuracy >= goal), None)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run what has not been run yet, print a table, draw a picture."""
+    """Run what the file of results lacks, print a table, draw a picture."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.asynchrony",
         description=__doc__,
@@ -179,26 +190,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--edges", type=int, default=9)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30, help="of Phases 1 and 2")
-    parser.add_argument("--out", default="results/asynchrony", help="without ending; resumed from")
+    parser.add_argument(
+        "--out", default="results/asynchrony", help="path without its ending; resumed from"
+    )
     options = parser.parse_args(argv)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    console, path = Console(width=110), Path(f"{options.out}-{options.edges}.json")
+    console = Console(width=110)
+    path = Path(f"{options.out}-{options.edges}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Curve] = json.loads(path.read_text()) if path.exists() else {}
+    saved: dict[str, Curve] = json.loads(path.read_text()) if path.exists() else {}
+    curves: dict[str, list[Curve]] = {name: [] for name in runs(options.edges)}
     for seed in range(options.seeds):
         study = None
         for name, run in runs(options.edges).items():
             key = f"{name}, seed {seed}, {options.epochs} epochs"
-            if key not in found:
+            if key not in saved:
                 study = study or Study(options.edges, seed, options.epochs)
-                found[key] = run(study)
-                write_atomically(path, json.dumps(found) + "\n")
-            console.print(f"{key}: {found[key][-1][1]:.3f} at {found[key][-1][0]:,.0f} s")
-    curves = {
-        name: [found[f"{name}, seed {seed}, {options.epochs} epochs"]
-               for seed in range(options.seeds)]
-        for name in runs(options.edges)
-    }  # fmt: skip
+                saved[key] = run(study)
+                write_atomically(path, json.dumps(saved) + "\n")
+            seconds, accuracy = saved[key][-1]
+            console.print(f"{key}: {accuracy:.3f} at {seconds:,.0f} s")
+            curves[name].append(saved[key])
     console.print(table(curves, options.edges))
     draw(curves, options.edges, path.with_suffix(".png"))
     console.print(f"{path} and {path.with_suffix('.png')}")
@@ -206,31 +218,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def table(curves: dict[str, list[Curve]], num_edges: int) -> Table:
-    """Lay out when each reached what, one number per seed."""
-    found = Table(title=f"Digits, {num_edges} edges: virtual minutes to an accuracy, per seed")
+    """Make the table of the times at which each run reached each goal, one number per seed."""
+    rows = Table(title=f"Digits, {num_edges} edges: virtual minutes to an accuracy, per seed")
     for column in ("", *(f"to {goal:.2f}" for goal in GOALS), "answers", "ends at", "with"):
-        found.add_column(column, justify="right" if column else "left")
+        rows.add_column(column, justify="right" if column else "left")
     for name, seeds in curves.items():
-        reached = []
+        minutes = []
         for goal in GOALS:
             times = [time_to(curve, goal) for curve in seeds]
-            reached.append(" ".join("-" if t is None else f"{t / 60:.0f}" for t in times))
+            minutes.append(" ".join("-" if time is None else f"{time / 60:.0f}" for time in times))
         ends = " ".join(f"{curve[-1][0] / 60:.0f}" for curve in seeds)
         finals = " ".join(f"{curve[-1][1]:.3f}" for curve in seeds)
-        found.add_row(name, *reached, str(len(seeds[0]) - 1), ends, finals)
-    return found
+        rows.add_row(name, *minutes, str(len(seeds[0]) - 1), ends, finals)
+    return rows
 
 
 def mean_curve(
     seeds: Sequence[Curve], times: Sequence[float]
 ) -> tuple[list[float], list[float], list[float]]:
     """Return the mean, the lowest and the highest accuracy over seeds at each time."""
-    each = [[[a for t, a in curve if t <= time][-1] for curve in seeds] for time in times]
-    return [sum(a) / len(a) for a in each], [min(a) for a in each], [max(a) for a in each]
+    accuracies = [
+        [[accuracy for time, accuracy in curve if time <= limit][-1] for curve in seeds]
+        for limit in times
+    ]
+    means = [fmean(values) for values in accuracies]
+    return means, [min(values) for values in accuracies], [max(values) for values in accuracies]
 
 
 def draw(curves: dict[str, list[Curve]], num_edges: int, path: Path) -> None:
-    """Draw accuracy over virtual time: how many in flight, and against the others."""
+    """Draw accuracy over virtual time: left, edges in flight; right, the other strategies."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import reference
-from benchmarks.machine import ceilings, demand, hardware, median, peak_bytes, reset_peak, seconds
+from benchmarks.machine import ceilings, demand, hardware, peak_bytes, reset_peak, seconds
 from flwr_cloned_kd import (
     Recipe,
     Runtime,
@@ -45,12 +46,12 @@ CHOICES = {"auto": None, "on": True, "off": False}
 
 @dataclass(frozen=True)
 class Setup:
-    """What both implementations are given to do."""
+    """The work of both implementations."""
 
     model: nn.Module
     """The core."""
     plain_model: nn.Module
-    """The same, for images that are standardised already."""
+    """The core, for images that are standardised already."""
     data: Dataset
     images: reference.Images
     recipe: Recipe
@@ -63,22 +64,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, save."""
     options = _options().parse_args(argv)
     if options.quick:
-        options.samples, options.epochs, options.repetitions = 384, 1, 3
+        options.samples = 384
+        options.epochs = 1
+        options.repetitions = 3
     setup = build(options)
     chosen = choose(options, setup)
     console = Console(width=110)
     console.print(f"{hardware(setup.device)}; PyTorch {torch.__version__}; {_words(chosen)}")
-    times, peaks, warm = measure(setup, runtime_of(chosen), options.repetitions, console)
-    found = summary(options, setup, chosen, times, peaks)
-    found["warm-up-seconds"] = warm
-    show(found, console)
+    runtime = Runtime(**chosen._asdict())
+    times, peaks, warm_up_seconds = measure(setup, runtime, options.repetitions, console)
+    results = summary(options, setup, chosen, times, peaks)
+    results["warm-up-seconds"] = warm_up_seconds
+    show(results, console)
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
-    return found
+        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def build(options: argparse.Namespace) -> Setup:
-    """Load the data, and make the core with weights that a seed determines."""
+    """Load the data, and build the core with weights that a seed determines."""
     device = Runtime(device=options.device).target
     digits = options.dataset == "digits"
     if digits:
@@ -91,23 +95,32 @@ def build(options: argparse.Namespace) -> Setup:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(256, (options.samples, 3, 32, 32), generator=generator)
         data = noise.to(torch.uint8), torch.arange(options.samples) % 100
-    num_classes, depth = int(data[1].max()) + 1, int(options.model.partition("-")[2] or 8)
+    num_classes = int(data[1].max()) + 1
     if digits:
-        model = plain = digits_cnn(num_classes)
+        model = plain_model = digits_cnn(num_classes)
         images = reference.Images(*data)
     else:
+        depth = int(options.model.partition("-")[2] or 8)
         pixels = moments(data[0])
-        plain, model = resnet(depth, num_classes), resnet(depth, num_classes, pixels=pixels)
-        size, scale = data[0].shape[-1], [moment.tolist() for moment in pixels]
-        images = reference.Images(*data, reference.crop_flip_and_normalise(size, *scale))
-    recipe = Recipe(epochs=options.epochs, augment=None if digits else crop_and_flip)
+        model = resnet(depth, num_classes, pixels=pixels)
+        plain_model = resnet(depth, num_classes)
+        mean, deviation = (moment.tolist() for moment in pixels)
+        transform = reference.crop_flip_and_normalise(data[0].shape[-1], mean, deviation)
+        images = reference.Images(*data, transform)
     return Setup(
-        model, plain, data, images, recipe, options.num_clones, options.memory_size, device
+        model=model,
+        plain_model=plain_model,
+        data=data,
+        images=images,
+        recipe=Recipe(epochs=options.epochs, augment=None if digits else crop_and_flip),
+        num_clones=options.num_clones,
+        memory_size=options.memory_size,
+        device=device,
     )
 
 
 def choose(options: argparse.Namespace, setup: Setup) -> Plan:
-    """Let the engine's own rules decide, where the options do not."""
+    """Choose as the options say; for an option "auto" the rules of the engine choose."""
     runtime = Runtime(
         device=options.device,
         bf16=CHOICES[options.bf16],
@@ -121,28 +134,17 @@ def choose(options: argparse.Namespace, setup: Setup) -> Plan:
     )
 
 
-def runtime_of(chosen: Plan) -> Runtime:
-    """Ask for just what was chosen."""
-    return Runtime(
-        device=chosen.device,
-        bf16=chosen.bf16,
-        compile=chosen.compile,
-        batch_clones=chosen.batch_clones,
-        cuda_graphs=chosen.cuda_graphs,
-    )
-
-
 def measure(
     setup: Setup, runtime: Runtime, repetitions: int, console: Console
 ) -> tuple[dict[str, list[float]], dict[str, int], float]:
-    """Time both, in turns; return seconds per phase, peaks of memory, seconds of warming up."""
+    """Time both, in turns; return seconds per phase, peaks of memory, seconds of the warm-up."""
     started = time.perf_counter()
     engine = Engine(setup, runtime)
-    for call in (engine.phase1, engine.phase2):
-        call()
+    engine.phase1()
+    engine.phase2()
     textbook = Textbook(setup)
-    warm = time.perf_counter() - started
-    console.print(f"Warmed up in {warm:.0f} s; {repetitions} repetitions, in turns:")
+    warm_up_seconds = time.perf_counter() - started
+    console.print(f"Warmed up in {warm_up_seconds:.0f} s; {repetitions} repetitions, in turns:")
     times: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     for repetition in range(repetitions):
@@ -155,14 +157,15 @@ def measure(
             times.setdefault(f"{name} round", []).append(both)
         line = [f"{phase} {_ratios(times, phase)[-1]:.2f}x" for phase in PHASES]
         console.print(f"  {repetition + 1} of {repetitions}: {', '.join(line)}")
-    return times, peaks, warm
+    return times, peaks, warm_up_seconds
 
 
 class Engine:
-    """A round of the engine in the steady state: the memory is full, its older part known."""
+    """A round of the engine with a full memory, whose older targets are computed already."""
 
     def __init__(self, setup: Setup, runtime: Runtime) -> None:
-        self._setup, self._runtime = setup, runtime
+        self._setup = setup
+        self._runtime = runtime
         start = setup.model.state_dict()
         self._edges = [clone(start, setup.num_clones) for _ in range(setup.memory_size)]
         self._banks = [self._bank(edge) for edge in self._edges]
@@ -180,7 +183,7 @@ class Engine:
         )
 
     def phase2(self) -> None:
-        """Distil the memory; the newest ensemble has not been asked anything yet."""
+        """Distil the memory; the targets of the newest ensemble are computed here."""
         setup = self._setup
         self._banks[-1] = self._bank(self._edges[-1])
         fit(
@@ -248,7 +251,7 @@ def summary(
     times: dict[str, list[float]],
     peaks: dict[str, int],
 ) -> dict[str, Any]:
-    """Put together what was measured."""
+    """Collect the measurements."""
     num_samples = len(setup.data[1]) * setup.recipe.epochs
     work = {"phase1": setup.num_clones * num_samples, "phase2": num_samples}
     rates = {
@@ -283,42 +286,49 @@ def summary(
 def shares(
     setup: Setup, chosen: Plan, rates: dict[str, list[float]], top: dict[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Compare the training of Phase 1 with the machine's ceilings, as fractions of them."""
-    found = {}
+    """Return the speed of Phase 1 as fractions of the machine's ceilings."""
+    fractions = {}
     images = setup.data[0][:128]
     for side, bf16 in (("reference", False), ("engine", chosen.bf16)):
         cost = demand(copy.deepcopy(setup.model), images, bf16=bf16)
         rate = median(rates[f"{side} phase1"])
         peak = top["bfloat16-gflops" if bf16 else "float32-gflops"]
-        found[side] = {
+        fractions[side] = {
             "of-multiply-peak": rate * cost["flop"] / 1e9 / peak,
             "of-bandwidth-if-unfused": rate * cost["bytes"] / 1e9 / top["copy-gb-per-s"],
         }
-    return found
+    return fractions
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Print the tables."""
-    table = Table(title=f"{found['model']}, {found['num-clones']} clones, "
-                        f"memory {found['memory-size']}: engine against textbook")  # fmt: skip
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print the table."""
+    title = (
+        f"{results['model']}, {results['num-clones']} clones, memory {results['memory-size']}: "
+        f"engine against textbook"
+    )
+    table = Table(title=title)
     for column in ("", "textbook", "engine", "ratio", "spread"):
         table.add_column(column, justify="left" if not column else "right")
-    for phase, name in zip(PHASES, ("Phase 1, samples/s", "Phase 2, samples/s", "round, s")):
+    names = ("Phase 1, samples/s", "Phase 2, samples/s", "round, s")
+    for phase, name in zip(PHASES, names):
         kind = "seconds" if phase == "round" else "samples-per-second"
-        sides = [median(found[kind][f"{side} {phase}"]) for side in ("reference", "engine")]
-        low, high = found["spread"][phase]
         digits = 1 if phase == "round" else 0
-        table.add_row(name, *(f"{value:,.{digits}f}" for value in sides),
-                      f"{found['ratios'][phase]:.2f}", f"{low:.2f} to {high:.2f}")  # fmt: skip
-    words = {"of-multiply-peak": "Phase 1, share of the multiply peak",
-             "of-bandwidth-if-unfused": "Phase 1, share of bandwidth, if unfused"}  # fmt: skip
-    for key, name in words.items():
-        values = [found["shares"][side][key] for side in ("reference", "engine")]
+        sides = [median(results[kind][f"{side} {phase}"]) for side in ("reference", "engine")]
+        low, high = results["spread"][phase]
+        numbers = [f"{value:,.{digits}f}" for value in sides]
+        ratio = f"{results['ratios'][phase]:.2f}"
+        table.add_row(name, *numbers, ratio, f"{low:.2f} to {high:.2f}")
+    rows = {
+        "of-multiply-peak": "Phase 1, share of the multiply peak",
+        "of-bandwidth-if-unfused": "Phase 1, share of bandwidth, if unfused",
+    }
+    for key, name in rows.items():
+        values = [results["shares"][side][key] for side in ("reference", "engine")]
         table.add_row(name, *(f"{value:.0%}" for value in values), "", "")
-    peaks = [found["peak-megabytes"][side] for side in ("reference", "engine")]
+    peaks = [results["peak-megabytes"][side] for side in ("reference", "engine")]
     table.add_row("peak memory, MB", *(f"{value:,.0f}" for value in peaks), "", "")
     console.print(table)
-    top = found["ceilings"]
+    top = results["ceilings"]
     console.print(
         f"Ceilings: {top['float32-gflops']:,.0f} GFLOP/s float32, {top['bfloat16-gflops']:,.0f} "
         f"bfloat16, {top['copy-gb-per-s']:.1f} GB/s copy"
@@ -326,13 +336,18 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def _ratios(times: dict[str, list[float]], phase: str) -> list[float]:
-    return [a / b for a, b in zip(times[f"reference {phase}"], times[f"engine {phase}"])]
+    pairs = zip(times[f"reference {phase}"], times[f"engine {phase}"])
+    return [textbook / engine for textbook, engine in pairs]
 
 
 def _words(chosen: Plan) -> str:
-    parts = ["bfloat16" if chosen.bf16 else "float32"]
-    parts += ["compiled"] * chosen.compile + ["CUDA graphs"] * chosen.cuda_graphs
-    return ", ".join([*parts, "clones " + ("batched" if chosen.batch_clones else "one by one")])
+    words = ["bfloat16" if chosen.bf16 else "float32"]
+    if chosen.compile:
+        words.append("compiled")
+    if chosen.cuda_graphs:
+        words.append("CUDA graphs")
+    words.append("clones batched" if chosen.batch_clones else "clones one by one")
+    return ", ".join(words)
 
 
 def _options() -> argparse.ArgumentParser:
@@ -346,7 +361,7 @@ def _options() -> argparse.ArgumentParser:
     add("--data-path", help="the archive of npz")
     add("--model", default="resnet-32", help="resnet-DEPTH; digits always takes digits-cnn")
     add("--samples", type=int, default=1280, help="images of the core and of the edge")
-    add("--epochs", type=int, default=2, help="that are timed, in each phase")
+    add("--epochs", type=int, default=2, help="epochs of each timed phase")
     add("--num-clones", type=int, default=3)
     add("--memory-size", type=int, default=3)
     add("--repetitions", type=int, default=5)
@@ -354,7 +369,7 @@ def _options() -> argparse.ArgumentParser:
     for name in ("bf16", "compile", "batch-clones"):
         add(f"--{name}", choices=tuple(CHOICES), default="auto")
     add("--cuda-graphs", action="store_true")
-    add("--json", metavar="FILE", help="save everything that was measured")
+    add("--json", metavar="FILE", help="save all measurements")
     add("--quick", action="store_true", help="384 images, 1 epoch, 3 repetitions: under 3 minutes")
     return parser
 

@@ -1,9 +1,10 @@
-"""What the machine can do, and what a step asks of it."""
+"""What the machine can do, and what a training step costs."""
 
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Run something once and return how long it took, the work of a GPU included."""
+    """Run a function once and return its duration in seconds, the work of a GPU included."""
     _synchronise(device)
     started = time.perf_counter()
     call()
@@ -27,21 +28,24 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def ceilings(device: torch.device) -> dict[str, float]:
     """Measure the matrix-multiply peak, in GFLOP/s, and the memory bandwidth, in GB/s."""
     cuda = device.type == "cuda"
-    side, elements, repeats = (8192, 2**28, 10) if cuda else (2048, 2**25, 5)
-    found = {}
+    side = 8192 if cuda else 2048
+    elements = 2**28 if cuda else 2**25
+    repeats = 10 if cuda else 5
+    peaks = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a = torch.randn(side, side, device=device).to(dtype)
-        times = [seconds(lambda a=a: a @ a, device) for _ in range(repeats + 1)]  # type: ignore[misc]
-        found[f"{name}-gflops"] = 2 * side**3 / min(times[1:]) / 1e9
+        multiply = partial(torch.matmul, a, a)
+        times = [seconds(multiply, device) for _ in range(repeats + 1)]
+        peaks[f"{name}-gflops"] = 2 * side**3 / min(times[1:]) / 1e9
     source = torch.zeros(elements, device=device)
     target = torch.ones_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(repeats + 1)]
-    found["copy-gb-per-s"] = 2 * source.nbytes / min(times[1:]) / 1e9
-    return found
+    peaks["copy-gb-per-s"] = 2 * source.nbytes / min(times[1:]) / 1e9
+    return peaks
 
 
 def demand(model: nn.Module, images: Tensor, *, bf16: bool) -> dict[str, float]:
-    """Count what training on one sample costs: FLOP, and bytes that unfused operations move."""
+    """Count the FLOP of training on one sample, and the bytes that unfused operations move."""
     model = model.train()
     labels = torch.zeros(len(images), dtype=torch.int64)
     with FlopCounterMode(display=False) as flop, _Traffic() as traffic:
@@ -55,7 +59,7 @@ def demand(model: nn.Module, images: Tensor, *, bf16: bool) -> dict[str, float]:
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the sizes of what each operation reads and writes; views cost nothing."""
+    """Add up the bytes that each operation reads and writes; views cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,17 +68,16 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        found = function(*args, **(kwargs or {}))
-        aliases = [r.alias_info for r in function._schema.returns]
+        result = function(*args, **(kwargs or {}))
+        aliases = [returned.alias_info for returned in function._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):
-            self.num_bytes += sum(
-                t.nbytes for t in tree_leaves((args, kwargs, found)) if isinstance(t, Tensor)
-            )
-        return found
+            leaves = tree_leaves((args, kwargs, result))
+            self.num_bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return result
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start measuring the peak of memory anew."""
+    """Start to measure the peak of memory again."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (clear := Path("/proc/self/clear_refs")).exists():
@@ -82,7 +85,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory held since `reset_peak`: the GPU's, or else the process's."""
+    """Return the peak of memory since `reset_peak`: of the GPU, or else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if (status := Path("/proc/self/status")).exists():
@@ -92,18 +95,11 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def hardware(device: torch.device) -> str:
-    """Name what the numbers were measured on."""
+    """Name the hardware that the numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-
-
-def median(values: Iterable[float]) -> float:
-    """Return the middle value, the mean of the two middle ones for an even number."""
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def _synchronise(device: torch.device) -> None:

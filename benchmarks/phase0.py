@@ -1,4 +1,4 @@
-"""What does the first core's accuracy depend on? Phase 0 alone, one change at a time, over seeds.
+"""Measure what the first core's accuracy depends on: Phase 0 with one change at a time, over seeds.
 
 `python -m benchmarks.phase0 --help`
 """
@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -53,20 +54,21 @@ BASELINE = "baseline"
 DEPTH = 8
 NUM_PARTS = 10
 
+Module = TypeVar("Module", bound=nn.Module)
 Schedule = Callable[[float], float]
 Edit = Callable[[nn.Module, torch.Generator], None]
-"""(model, generator) -> nothing; the model changes."""
+"""(model, generator) -> None; changes the model in place."""
 Results = dict[str, dict[str, Any]]
-"""Name of a row -> what it was and what it found, as the JSON file holds it."""
+"""Name of a row -> its description and its measurements, as in the JSON file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnLoop:
-    """What a `Recipe` cannot say; as it stands, the loop does what `fit` does.
+    """Options that a `Recipe` does not have; with the defaults, the loop trains as `fit` does.
 
     Args:
-        nesterov: take the gradient where the momentum leads.
-        decay_all: False spares what has one axis: batch normalisation and biases.
+        nesterov: use Nesterov momentum.
+        decay_all: False: no weight decay for tensors of one axis (batch normalisation, biases).
         drop_last: leave out the smaller last batch of an epoch.
     """
 
@@ -80,13 +82,14 @@ class Trial:
     """One way to run Phase 0.
 
     Args:
-        recipe: but for the warm-up.
+        recipe: how to train, without the warm-up.
         moments: mean and deviation `[C]` of all training images.
-        pixels: by which the model standardises.
-        edits: made to the built model, in turn.
-        warm_up: epochs over which the learning rate grows from 0, in proportion to the steps.
-        bf16: of `Runtime`.
-        loop: None trains by the library's `fit`.
+        pixels: mean and deviation `[C]` by which the model standardises.
+        edits: applied to the built model in this order.
+        loss: what to minimise.
+        warm_up: epochs in which the learning rate grows from 0, linearly in the steps.
+        bf16: passed to `Runtime`.
+        loop: options of `train_alone`. None: train by the library's `fit`.
     """
 
     recipe: Recipe
@@ -103,10 +106,15 @@ Change = Callable[[Trial], Trial]
 
 
 class Row(NamedTuple):
-    """One change: how it differs from the baseline, in words and in deeds."""
+    """One change: how it differs from the baseline, in words and as a function."""
 
     words: str
     change: Change
+
+
+def with_fields(**fields: Any) -> Change:
+    """Change fields of the trial."""
+    return lambda trial: replace(trial, **fields)
 
 
 def with_recipe(**fields: Any) -> Change:
@@ -119,13 +127,43 @@ def with_edit(edit: Edit) -> Change:
     return lambda trial: replace(trial, edits=(*trial.edits, edit))
 
 
+def with_modules(kind: type[Module], change: Callable[[Module, torch.Generator], object]) -> Change:
+    """Change all modules of a class in the built model."""
+
+    def edit(model: nn.Module, generator: torch.Generator) -> None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                change(module, generator)
+
+    return with_edit(edit)
+
+
+def with_weights(draw: Callable[..., Tensor]) -> Change:
+    """Draw the initial weights of all convolutions by a function of `torch.nn.init`."""
+    return with_modules(
+        nn.Conv2d, lambda convolution, generator: draw(convolution.weight, generator=generator)
+    )
+
+
+def with_head(factor: float) -> Change:
+    """Multiply the initial weights and biases of the last layer."""
+    return with_modules(
+        nn.Linear, lambda head, _: [tensor.data.mul_(factor) for tensor in head.parameters()]
+    )
+
+
+def with_momentum(momentum: float) -> Change:
+    """Set how fast the running statistics of batch normalisation move, in [0, 1]."""
+    return with_modules(nn.BatchNorm2d, lambda norm, _: setattr(norm, "momentum", momentum))
+
+
 def with_loop(**fields: bool) -> Change:
-    """Train by the loop of this file, with these options."""
+    """Train by `train_alone`, with these options."""
     return lambda trial: replace(trial, loop=replace(trial.loop or OwnLoop(), **fields))
 
 
 def drops_at(first: float, second: float) -> Schedule:
-    """Scale the learning rate by 0.1 from one share of the steps on, by 0.01 from another."""
+    """Scale the learning rate by 0.1 after one share of the steps, by 0.01 after another."""
     return lambda progress: 1.0 if progress < first else 0.1 if progress < second else 0.01
 
 
@@ -136,11 +174,11 @@ def warmed_up(schedule: Schedule, share: float) -> Schedule:
 
 @dataclass(frozen=True)
 class ReflectedCrop(CropAndFlip):
-    """`CropAndFlip` with the same draws, but the image goes on as its mirror image."""
+    """`CropAndFlip` with the same draws, padded by reflection."""
 
     def view(self, images: Tensor, views: Tensor) -> Tensor:
         """Return view `views[i]` of image i."""
-        # The zeros are padded outside the reflection, and the largest shift does not reach them.
+        # `super().view` pads zeros around the reflection; the largest shift does not reach them.
         wide = F.pad(images.float(), (self.pad,) * 4, mode="reflect")
         inner = slice(self.pad, -self.pad)
         return super().view(wide, views)[..., inner, inner]
@@ -148,10 +186,10 @@ class ReflectedCrop(CropAndFlip):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeanPaddedCrop(CropAndFlip):
-    """`CropAndFlip` with the same draws, but padded with a colour.
+    """`CropAndFlip` with the same draws, padded with a colour.
 
     Args:
-        colour: `[C]`.
+        colour: value `[C]` of the padding.
     """
 
     colour: Tensor
@@ -163,13 +201,13 @@ class MeanPaddedCrop(CropAndFlip):
 
 
 def pad_with_mean(trial: Trial) -> Trial:
-    """Pad with what the model's standardisation makes zero."""
+    """Pad with the channels' means, which the model's standardisation maps to zero."""
     augment = MeanPaddedCrop(colour=trial.moments[0])
     return replace(trial, recipe=replace(trial.recipe, augment=augment))
 
 
 def only_divide(trial: Trial) -> Trial:
-    """Divide pixels by 255 and leave their mean where it is."""
+    """Divide pixels by 255 and do not subtract their mean."""
     mean = trial.moments[0]
     return replace(trial, pixels=(torch.zeros_like(mean), torch.full_like(mean, 255)))
 
@@ -181,63 +219,23 @@ def standardise_together(trial: Trial) -> Trial:
     return replace(trial, pixels=(mean.mean().expand_as(mean), spread.expand_as(mean)))
 
 
-def initialise_convolutions(draw: Callable[[Tensor, torch.Generator], object]) -> Edit:
-    """Draw the weights of all convolutions anew."""
-
-    def edit(model: nn.Module, generator: torch.Generator) -> None:
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                draw(module.weight, generator)
-
-    return edit
-
-
-def draw_uniform(weight: Tensor, generator: torch.Generator) -> None:
-    """Draw as PyTorch does by default."""
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-
-
-def draw_fan_in(weight: Tensor, generator: torch.Generator) -> None:
-    """Draw as He et al. (2015) do for the forward pass; ours is for the backward pass."""
-    nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu", generator=generator)
-
-
-def scale_head(factor: float) -> Edit:
-    """Multiply the initial weights and biases of the last layer."""
-
-    def edit(model: nn.Module, generator: torch.Generator) -> None:
-        for parameter in model.get_submodule("head").parameters():
-            parameter.data.mul_(factor)
-
-    return edit
-
-
-def set_momentum(momentum: float) -> Edit:
-    """Set how fast the running statistics of batch normalisation move, in [0, 1]."""
-
-    def edit(model: nn.Module, generator: torch.Generator) -> None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = momentum
-
-    return edit
-
-
 class ProjectingBlock(nn.Module):
     """A residual block with a shortcut that has weights: option B of He et al. 2016.
 
     Args:
-        block: whose convolutions and normalisations it takes over.
+        block: the block of option A; its convolutions and normalisations are used.
+        generator: draws the weights of the shortcut.
     """
 
     def __init__(self, block: nn.Module, generator: torch.Generator) -> None:
         super().__init__()
-        names = ("conv1", "bn1", "conv2", "bn2")
-        conv1, *others = (block.get_submodule(name) for name in names)
+        conv1 = block.get_submodule("conv1")
         if not isinstance(conv1, nn.Conv2d):
             raise TypeError(f"conv1: expected a convolution, got {type(conv1).__name__}")
         self.conv1 = conv1
-        self.bn1, self.conv2, self.bn2 = others
+        self.bn1 = block.get_submodule("bn1")
+        self.conv2 = block.get_submodule("conv2")
+        self.bn2 = block.get_submodule("bn2")
         self.projection = nn.Conv2d(
             conv1.in_channels, conv1.out_channels, 1, conv1.stride[0], bias=False
         )
@@ -253,7 +251,7 @@ class ProjectingBlock(nn.Module):
 
 
 def project_shortcuts(model: nn.Module, generator: torch.Generator) -> None:
-    """Give shortcuts that change the shape a convolution: option A becomes option B."""
+    """Add a convolution to each shortcut that changes the shape: option A becomes option B."""
     blocks = model.get_submodule("blocks")
     for name, block in blocks.named_children():
         conv1 = block.get_submodule("conv1")
@@ -262,29 +260,31 @@ def project_shortcuts(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def smoothed(amount: float) -> Loss:
-    """Cross entropy against labels of which a share is spread over all classes."""
+    """Return a cross entropy that spreads a share of each label over all classes."""
     return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=amount)
 
 
 ROWS: dict[str, Row] = {
-    BASELINE: Row("the library's fit, resnet, Recipe and CropAndFlip", lambda trial: trial),
+    BASELINE: Row("the library's fit, resnet, Recipe and CropAndFlip", with_fields()),
     "own-loop": Row("the loop of this file, as it stands", with_loop()),
-    "float32": Row("no bfloat16", lambda trial: replace(trial, bf16=False)),
-    # Shortcuts before initialisations, which then reach the new convolutions too.
+    "float32": Row("no bfloat16", with_fields(bf16=False)),
+    # Shortcuts come before initialisations, which thus apply to the new convolutions too.
     "shortcut-B": Row("1x1 convolution and BN on shortcuts", with_edit(project_shortcuts)),
+    # PyTorch's default, and He et al. (2015) for the forward pass; ours fit the backward pass.
     "init-uniform": Row(
         "convolutions: kaiming_uniform, a = sqrt 5",
-        with_edit(initialise_convolutions(draw_uniform)),
+        with_weights(partial(nn.init.kaiming_uniform_, a=math.sqrt(5))),
     ),
     "init-fan-in": Row(
-        "convolutions: He normal, fan_in", with_edit(initialise_convolutions(draw_fan_in))
+        "convolutions: He normal, fan_in",
+        with_weights(partial(nn.init.kaiming_normal_, nonlinearity="relu")),
     ),
-    "head-x0.1": Row("last layer's initial weights x0.1", with_edit(scale_head(0.1))),
-    "head-zero": Row("last layer's initial weights zero", with_edit(scale_head(0.0))),
-    "head-x3": Row("last layer's initial weights x3", with_edit(scale_head(3.0))),
-    "bn-0.01": Row("BN momentum 0.01", with_edit(set_momentum(0.01))),
-    "bn-0.3": Row("BN momentum 0.3", with_edit(set_momentum(0.3))),
-    "warm-up": Row("one epoch of warm-up", lambda trial: replace(trial, warm_up=1)),
+    "head-x0.1": Row("last layer's initial weights x0.1", with_head(0.1)),
+    "head-zero": Row("last layer's initial weights zero", with_head(0.0)),
+    "head-x3": Row("last layer's initial weights x3", with_head(3.0)),
+    "bn-0.01": Row("BN momentum 0.01", with_momentum(0.01)),
+    "bn-0.3": Row("BN momentum 0.3", with_momentum(0.3)),
+    "warm-up": Row("one epoch of warm-up", with_fields(warm_up=1)),
     "drop-late": Row("lr drops at 0.6 and 0.85", with_recipe(schedule=drops_at(0.6, 0.85))),
     "no-drop": Row("lr constant", with_recipe(schedule=lambda progress: 1.0)),
     "linear": Row("lr linear to 0", with_recipe(schedule=lambda progress: 1 - progress)),
@@ -308,7 +308,7 @@ ROWS: dict[str, Row] = {
     "no-augment": Row("no augmentation", with_recipe(augment=None)),
     "pixels-255": Row("pixels / 255, not standardised", only_divide),
     "pixels-global": Row("one mean and deviation for all channels", standardise_together),
-    "smooth-0.1": Row("label smoothing 0.1", lambda trial: replace(trial, loss=smoothed(0.1))),
+    "smooth-0.1": Row("label smoothing 0.1", with_fields(loss=smoothed(0.1))),
 }
 
 
@@ -316,16 +316,16 @@ def parts(name: str) -> list[str]:
     """Split the name of a combination, "cosine+lr-0.2", into rows, in the order of `ROWS`.
 
     Raises:
-        ValueError: for a row that is not there.
+        ValueError: for an unknown row.
     """
-    found = set(name.split("+"))
-    if unknown := found - ROWS.keys():
+    names = set(name.split("+"))
+    if unknown := names - ROWS.keys():
         raise ValueError(f"row: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}")
-    return [row for row in ROWS if row in found]
+    return [row for row in ROWS if row in names]
 
 
 def words(name: str) -> str:
-    """Say how a row or a combination differs from the baseline."""
+    """Describe how a row or a combination differs from the baseline."""
     return "; ".join(ROWS[part].words for part in parts(name))
 
 
@@ -340,8 +340,8 @@ class Task:
     device: str
 
 
-class Found(NamedTuple):
-    """What a run found, and on what."""
+class Measured(NamedTuple):
+    """The measurements of a run."""
 
     accuracy: float
     """On held-out data, a fraction."""
@@ -349,8 +349,8 @@ class Found(NamedTuple):
     device: str
 
 
-def run(task: Task) -> Found:
-    """Train a first core as an experiment does, and measure it on the held-out data."""
+def run(task: Task) -> Measured:
+    """Train a first core as the example apps do, and measure it on the held-out data."""
     train, test, pixels = _load_once(task.data)
     recipe = Recipe(epochs=task.epochs, augment=CropAndFlip())
     trial = Trial(recipe=recipe, moments=pixels, pixels=pixels)
@@ -364,7 +364,7 @@ def run(task: Task) -> Found:
     params = pretrain(model, take(train, rows), trial, seed=seed, runtime=runtime)
     logits = predict(model, clone(params, 1), test[0], runtime=runtime)
     seconds = time.perf_counter() - started
-    return Found(float(accuracy(logits, test[1])), seconds, hardware(runtime.target))
+    return Measured(float(accuracy(logits, test[1])), seconds, hardware(runtime.target))
 
 
 @lru_cache(maxsize=1)
@@ -374,7 +374,7 @@ def _load_once(path: str) -> tuple[Dataset, Dataset, Moments]:
 
 
 def build(trial: Trial, num_classes: int, *, seed: int) -> nn.Module:
-    """Build the model of a trial, its edits made."""
+    """Build the model of a trial and apply its edits."""
     channels = len(trial.pixels[0])
     model_seed = fold_in(seed, "model")
     model = resnet(DEPTH, num_classes, channels=channels, seed=model_seed, pixels=trial.pixels)
@@ -387,7 +387,7 @@ def build(trial: Trial, num_classes: int, *, seed: int) -> nn.Module:
 def pretrain(
     model: nn.Module, dataset: Dataset, trial: Trial, *, seed: int, runtime: Runtime
 ) -> StateDict:
-    """Run Phase 0, by the library or by the loop of this file."""
+    """Run Phase 0 by the library's `fit` or by `train_alone`."""
     recipe = trial.recipe
     if trial.warm_up:
         schedule = warmed_up(recipe.schedule, trial.warm_up / recipe.epochs)
@@ -397,9 +397,8 @@ def pretrain(
             model, dataset, recipe, trial.loop, loss=trial.loss, seed=seed, runtime=runtime
         )
     start = clone(model.state_dict(), 1)
-    return member(
-        fit(model, start, dataset, recipe, loss=trial.loss, seed=seed, runtime=runtime), 0
-    )
+    trained = fit(model, start, dataset, recipe, loss=trial.loss, seed=seed, runtime=runtime)
+    return member(trained, 0)
 
 
 def train_alone(
@@ -412,7 +411,7 @@ def train_alone(
     seed: int,
     runtime: Runtime,
 ) -> StateDict:
-    """Train one model as `fit` does, with the same draws, and with the options of the loop."""
+    """Train one model as `fit` does, with the same draws and with the options of the loop."""
     inputs, labels = (tensor.to(runtime.target) for tensor in dataset)
     bf16 = plan(model, inputs, runtime).bf16
     trained = copy.deepcopy(model).to(runtime.target).train()
@@ -436,8 +435,8 @@ def train_alone(
 
 
 def _optimiser(model: nn.Module, recipe: Recipe, loop: OwnLoop) -> torch.optim.SGD:
-    spared = [p for p in model.parameters() if p.dim() == 1 and not loop.decay_all]
-    decayed = [p for p in model.parameters() if p.dim() > 1 or loop.decay_all]
+    decayed = [tensor for tensor in model.parameters() if tensor.dim() > 1 or loop.decay_all]
+    spared = [tensor for tensor in model.parameters() if tensor.dim() == 1 and not loop.decay_all]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.SGD(
         groups,
@@ -469,87 +468,79 @@ def _epoch(
     ]
 
 
-def compare(
-    names: Sequence[str],
-    *,
-    data: str,
-    seeds: int,
-    epochs: int,
-    device: str,
-    jobs: int = 1,
-    path: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> Results:
-    """Run rows with seeds 0, 1, ... side by side, and return what all of them found.
+def compare(names: Sequence[str], options: argparse.Namespace) -> Results:
+    """Run rows and combinations with seeds 0, 1, ... as the command line says; return all results.
 
-    Args:
-        names: of rows or combinations.
-        jobs: processes; 1 runs in this one.
-        path: JSON file of results, written after every row. A row that is there already, with
-            the same description and as many seeds or more, is not run again.
-        say: takes one line per row.
+    The file of results is written after every row. A row that is in it already, with the same
+    description and at least as many seeds, is not run again.
     """
-    found: Results = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    described = {name: _describe(name, data, epochs) for name in names}
-    missing = [name for name in names if not _is_there(found.get(name), described[name], seeds)]
-    tasks = [Task(name, seed, epochs, data, device) for name in missing for seed in range(seeds)]
+    path: Path | None = options.json
+    results: Results = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    described = {
+        name: {"words": words(name), "data": Path(options.data).name, "epochs": options.epochs}
+        for name in names
+    }
+    missing = [
+        name for name in names if not _is_there(results.get(name), described[name], options.seeds)
+    ]
+    tasks = [
+        Task(name, seed, options.epochs, options.data, options.device)
+        for name in missing
+        for seed in range(options.seeds)
+    ]
     started = time.perf_counter()
-    with _mapping(min(jobs, len(tasks))) as mapping:
-        results = iter(mapping(tasks))
+    with _mapping(min(options.jobs, len(tasks))) as mapping:
+        measured = iter(mapping(tasks))
         for index, name in enumerate(missing, start=1):
-            runs = [next(results) for _ in range(seeds)]
-            found[name] = {
+            runs = list(islice(measured, options.seeds))
+            accuracies = [run.accuracy for run in runs]
+            seconds = [run.seconds for run in runs]
+            results[name] = {
                 **described[name],
                 "device": runs[0].device,
-                "accuracy": [one.accuracy for one in runs],
-                "seconds": [one.seconds for one in runs],
+                "accuracy": accuracies,
+                "seconds": seconds,
             }
             if path is not None:
-                write_atomically(path, json.dumps(found, indent=2) + "\n")
-            mean = fmean(one.accuracy for one in runs)
-            seconds = fmean(one.seconds for one in runs)
-            say(
-                f"{index} of {len(missing)}, {name}: {mean:.4f}, {seconds:.1f} s a run, "
-                f"{time.perf_counter() - started:.0f} s in all"
+                write_atomically(path, json.dumps(results, indent=2) + "\n")
+            print(
+                f"{index} of {len(missing)}, {name}: {fmean(accuracies):.4f}, "
+                f"{fmean(seconds):.1f} s a run, {time.perf_counter() - started:.0f} s in all",
+                flush=True,
             )
-    return found
+    return results
 
 
 @contextmanager
-def _mapping(jobs: int) -> Iterator[Callable[[Sequence[Task]], Iterator[Found]]]:
-    """Give a way to run tasks that yields what they find in their order, as it is there."""
+def _mapping(jobs: int) -> Iterator[Callable[[Sequence[Task]], Iterator[Measured]]]:
+    """Yield a function that runs tasks and yields their measurements in order."""
     if jobs <= 1:
         yield lambda tasks: map(run, tasks)
         return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    # One thread each: more of them would wait for the same cores.
+    # One thread per process: more threads would compete for the same cores.
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
         yield lambda tasks: pool.map(run, tasks)
 
 
-def _describe(name: str, data: str, epochs: int) -> dict[str, Any]:
-    return {"words": words(name), "data": Path(data).name, "epochs": epochs}
-
-
-def _is_there(kept: Mapping[str, Any] | None, described: Mapping[str, Any], seeds: int) -> bool:
-    if kept is None or len(kept["accuracy"]) < seeds:
+def _is_there(result: Mapping[str, Any] | None, described: dict[str, Any], seeds: int) -> bool:
+    if result is None or len(result["accuracy"]) < seeds:
         return False
-    return all(kept.get(key) == value for key, value in described.items())
+    return described.items() <= result.items()
 
 
-def difference(row: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
-    """Return the mean over seeds of row minus baseline, and its standard error.
+def difference(row: Sequence[float], baseline: Sequence[float]) -> str:
+    """Return the mean over seeds of row minus baseline ± its standard error, if it has one."""
+    differences = [changed - unchanged for changed, unchanged in zip(row, baseline)]
+    mean = f"{fmean(differences):+.4f}"
+    if len(differences) == 1:
+        return mean
+    return f"{mean} ± {stdev(differences) / math.sqrt(len(differences)):.4f}"
 
-    A single seed has no standard error: NaN.
-    """
-    each = [ours - theirs for ours, theirs in zip(row, baseline)]
-    error = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-    return fmean(each), error
 
-
-def show(names: Sequence[str], found: Results, seeds: int) -> Table:
-    """Make the table of the first seeds of some rows."""
-    reference = found[BASELINE]
+def show(names: Sequence[str], results: Results, seeds: int) -> Table:
+    """Make the table of some rows, with their first seeds."""
+    reference = results[BASELINE]
     title = f"Phase 0, {reference['epochs']} epochs, {seeds} seeds: {reference['device']}"
     table = Table(title=title)
     for column in ("row", "how it differs"):
@@ -558,16 +549,15 @@ def show(names: Sequence[str], found: Results, seeds: int) -> Table:
         table.add_column(column, justify="right")
     baseline = reference["accuracy"][:seeds]
     for name in names:
-        values = found[name]["accuracy"][:seeds]
+        values = results[name]["accuracy"][:seeds]
         spread = f"{stdev(values):.4f}" if len(values) > 1 else "-"
-        mean, error = difference(values, baseline)
-        against = f"{mean:+.4f}" if math.isnan(error) else f"{mean:+.4f} ± {error:.4f}"
-        table.add_row(name, found[name]["words"], f"{fmean(values):.4f}", spread, against)
+        mean = f"{fmean(values):.4f}"
+        table.add_row(name, results[name]["words"], mean, spread, difference(values, baseline))
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
-    """Run the rows that were asked for, and the baseline; print a table."""
+    """Run the baseline and the rows of `--only`; print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.phase0", description=__doc__)
     parser.add_argument("--data", required=True, metavar="FILE", help="such as cifar100.npz")
     parser.add_argument("--seeds", type=int, default=5)
@@ -580,29 +570,19 @@ def main(argv: Sequence[str] | None = None) -> Results:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="results; go on from them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="results; resumed from")
     options = parser.parse_args(argv)
     for name in ("seeds", "epochs", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
     try:
-        asked = ["+".join(parts(name)) for name in options.only or ROWS]
+        requested = ["+".join(parts(name)) for name in options.only or ROWS]
     except ValueError as error:
         parser.error(str(error))
-    names = list(dict.fromkeys([BASELINE, *asked]))
-    console = Console(width=110)
-    found = compare(
-        names,
-        data=options.data,
-        seeds=options.seeds,
-        epochs=options.epochs,
-        device=options.device,
-        jobs=options.jobs,
-        path=options.json,
-        say=console.print,
-    )
-    console.print(show(names, found, options.seeds))
-    return found
+    names = list(dict.fromkeys([BASELINE, *requested]))
+    results = compare(names, options)
+    Console(width=110).print(show(names, results, options.seeds))
+    return results
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long the core learns from one edge, by preset and with or without teachers.
+"""Measure how long one distillation takes, by preset and with or without teachers.
 
 `python -m benchmarks.presets --help`
 """
@@ -35,7 +35,7 @@ from flwr_cloned_kd.engine.inputs import Dataset
 from flwr_cloned_kd.method.core import CoreState
 
 ROUNDS = 3
-"""The memory is full in the last of them, which is the one that is timed."""
+"""Distillations of a run. The memory is full in the last one, and only the last one is timed."""
 
 
 def digits() -> tuple[torch.nn.Module, list[Dataset], Recipe]:
@@ -60,7 +60,7 @@ SETUPS = {"digits": digits, "images": images}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Time every preset in turns, print the medians and their ratios to `unselective`."""
+    """Time every preset, in turns; print the medians and their ratios to `unselective`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.presets", description=__doc__)
     add = parser.add_argument
     add("--setup", choices=[*SETUPS], nargs="+", default=[*SETUPS], help="(default: both)")
@@ -69,22 +69,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--json", type=Path, help="save the results")
     options = parser.parse_args(argv)
     runtime = Runtime(device=options.device, bf16=None)
-    found: dict[str, Any] = {"hardware": hardware(runtime.target), "torch": torch.__version__}
-    table = Table(title=f"Seconds of one distillation: {found['hardware']}")
+    results: dict[str, Any] = {"hardware": hardware(runtime.target), "torch": torch.__version__}
+    table = Table(title=f"Seconds of one distillation: {results['hardware']}")
     for column in ("setup", "preset", "median", "all", "of unselective"):
         table.add_column(column, justify="right")
     for setup in options.setup:
         times = measure(setup, options.repeats, runtime)
-        found[setup] = times
+        results[setup] = times
         base = median(times["unselective"])
         for name, values in times.items():
-            each = " ".join(f"{value:.2f}" for value in values)
+            numbers = " ".join(f"{value:.2f}" for value in values)
             ratio = f"{median(values) / base:.2f}"
-            table.add_row(setup, name, f"{median(values):.2f}", each, ratio)
+            table.add_row(setup, name, f"{median(values):.2f}", numbers, ratio)
     Console(width=110).print(table)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def measure(setup: str, repeats: int, runtime: Runtime) -> dict[str, list[float]]:
@@ -100,11 +100,12 @@ def measure(setup: str, repeats: int, runtime: Runtime) -> dict[str, list[float]
     times: dict[str, list[float]] = {name: [] for name in (*presets, "practical, no teachers")}
     for _ in range(repeats):
         for name, values in times.items():
-            chosen = presets[name.split(",")[0]]
+            distillation = presets[name.split(",")[0]]
             weight = 1.0
             if name not in presets:
-                chosen, weight = replace(chosen, memory_size=1, core_as_teacher=False), 0.0
-            core = replace(base, distillation=chosen)
+                distillation = replace(distillation, memory_size=1, core_as_teacher=False)
+                weight = 0.0
+            core = replace(base, distillation=distillation)
             values.append(_last_round(core, first, edges, weight))
     return times
 

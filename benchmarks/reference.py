@@ -1,7 +1,8 @@
-"""The textbook implementation: the yardstick of the engine and, on tiny data, its judge.
+"""The textbook implementation: the engine is timed against it and, on tiny data, tested by it.
 
-What a competent user writes in a day: torchvision transforms in a Dataset, a DataLoader, one model
-at a time, float32, every teacher run at every step. It imports nothing of flwr_cloned_kd.
+It is the code that a competent user writes in a day: torchvision transforms in a Dataset, a
+DataLoader, one model at a time, float32, every teacher run at every step. It imports nothing of
+flwr_cloned_kd.
 """
 
 import copy
@@ -20,7 +21,9 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
+        self.images = images
+        self.labels = labels
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,7 +36,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 def crop_flip_and_normalise(
     size: int, mean: Sequence[float], deviation: Sequence[float]
 ) -> Callable[[Tensor], Tensor]:
-    """The transforms of every CIFAR tutorial, for uint8 pixels."""
+    """Compose the transforms of the usual CIFAR tutorial, for uint8 pixels."""
     transform: Callable[[Tensor], Tensor] = v2.Compose(
         [
             v2.RandomCrop(size, padding=4),

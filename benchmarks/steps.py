@@ -1,11 +1,13 @@
-"""How long one training step takes, plain and recorded as a CUDA graph.
+"""Measure how long one training step takes, plain and recorded as a CUDA graph.
 
 `python -m benchmarks.steps --help`
 """
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,14 @@ from flwr_cloned_kd.data.datasets import moments
 
 NUM_IMAGES = 5_000
 NUM_CLASSES = 100
-BATCHES_PER_EPOCH = 40
+BATCH_SIZE = 128
 
 
 def measure(depth: int, num_clones: int, runtime: Runtime, epochs: tuple[int, int]) -> float:
     """Return the milliseconds of one step of all clones: batch 128 of 32x32 images, ResNet.
 
-    A short and a long training are timed, and their difference is divided by the steps between
-    them, so that what a training needs once (copies, warm-up, recording) is left out.
+    The result is the difference of a long and a short training, divided by the difference of their
+    numbers of steps. It leaves out the work of a training's start: copies, warm-up, recording.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_IMAGES, 3, 32, 32)
@@ -37,16 +39,17 @@ def measure(depth: int, num_clones: int, runtime: Runtime, epochs: tuple[int, in
     start = clone(model.state_dict(), num_clones)
 
     def train(num_epochs: int) -> None:
-        recipe = Recipe(epochs=num_epochs, augment=CropAndFlip())
+        recipe = Recipe(epochs=num_epochs, batch_size=BATCH_SIZE, augment=CropAndFlip())
         fit(model, start, (images, labels), recipe, runtime=runtime)
 
     train(1)  # libraries load, and cuDNN chooses its algorithms
-    short, long = (seconds(lambda n=n: train(n), runtime.target) for n in epochs)  # type: ignore[misc]
-    return 1e3 * (long - short) / ((epochs[1] - epochs[0]) * BATCHES_PER_EPOCH)
+    short, long = (seconds(partial(train, num_epochs), runtime.target) for num_epochs in epochs)
+    steps = (epochs[1] - epochs[0]) * math.ceil(NUM_IMAGES / BATCH_SIZE)
+    return 1e3 * (long - short) / steps
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure every combination, print a table, and save it if asked to."""
+    """Measure every combination, print a table, and save it if `--json` names a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
@@ -77,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"ResNet-{depth}", str(num_clones), *(f"{time:.2f}" for time in times.values())
         )
     Console(width=100).print(table)
-    found = {"rows": rows, "hardware": hardware(plain.target), "torch": torch.__version__}
+    results = {"rows": rows, "hardware": hardware(plain.target), "torch": torch.__version__}
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 if __name__ == "__main__":

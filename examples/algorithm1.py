@@ -20,10 +20,12 @@ from flwr_cloned_kd import (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="CEM", help="row of Fig. 5")
-    parser.add_argument("--preset", choices=PRESETS, default="practical", help="Phase 2")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="practical", help="settings of Phase 2"
+    )
     parser.add_argument("--num-edges", type=int, default=9)
-    parser.add_argument("--epochs", type=int, default=30, help="of Phases 1 and 2")
-    parser.add_argument("--core-epochs", type=int, default=12, help="of Phase 0")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of Phases 1 and 2")
+    parser.add_argument("--core-epochs", type=int, default=12, help="epochs of Phase 0")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

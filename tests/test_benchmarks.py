@@ -1,4 +1,4 @@
-"""The yardstick judges the engine, and the benchmark measures what it says."""
+"""The textbook implementation agrees with the engine, and the benchmarks measure what they name."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,7 @@ from flwr_cloned_kd import (
     Recipe,
     Runtime,
     clone,
+    crop_and_flip,
     member,
     train_edge,
 )
@@ -35,10 +36,10 @@ def stacked(models):
 
 def test_the_textbook_trains_the_clones_that_the_engine_trains():
     model = mlp()
-    found = train_edge(model, model.state_dict(), DATA, RECIPE, num_clones=2)
+    trained = train_edge(model, model.state_dict(), DATA, RECIPE, num_clones=2)
     expected = textbook.train_clones(model, textbook.Images(*DATA), num_clones=2, epochs=4)
-    assert distance(found, stacked(expected)) < ROUNDING
-    assert distance(found, clone(model.state_dict(), 2)) > 1e-2
+    assert distance(trained, stacked(expected)) < ROUNDING
+    assert distance(trained, clone(model.state_dict(), 2)) > 1e-2
 
 
 def test_the_textbook_distils_the_core_that_the_engine_distils():
@@ -59,44 +60,37 @@ def test_the_transforms_of_the_textbook_are_views_of_the_engine():
     pixels = torch.randint(256, (1, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(torch.uint8)
     transform = textbook.crop_flip_and_normalise(8, [0.0] * 3, [1.0] * 3)
-    from flwr_cloned_kd import crop_and_flip
-
     views = torch.arange(crop_and_flip.num_views)
-    every = crop_and_flip.view(pixels.expand(len(views), -1, -1, -1), views).float()
+    all_views = crop_and_flip.view(pixels.expand(len(views), -1, -1, -1), views).float()
     torch.manual_seed(0)
     for _ in range(20):
-        assert (every == transform(pixels[0])).flatten(1).all(1).any()
+        assert (all_views == transform(pixels[0])).flatten(1).all(1).any()
 
 
 @pytest.mark.parametrize("options", [["--dataset", "digits"], ["--model", "resnet-8"]])
 def test_the_benchmark_times_both_and_saves_the_ratios(tmp_path, options, capsys):
-    saved = tmp_path / "found.json"
+    saved = tmp_path / "results.json"
     size = ["--samples", "16", "--epochs", "1", "--repetitions", "2"]
-    found = engine.main([*options, *size, "--num-clones", "2", "--json", str(saved)])
-    assert json.loads(saved.read_text()) == json.loads(json.dumps(found))
-    assert found["ratios"].keys() == found["spread"].keys() == {"phase1", "phase2", "round"}
-    for phase, ratio in found["ratios"].items():
-        seconds = [found["seconds"][f"{side} {phase}"] for side in ("reference", "engine")]
-        each = [slow / fast for slow, fast in zip(*seconds)]
-        assert ratio == pytest.approx(sum(each) / 2)
-        assert found["spread"][phase] == [min(each), max(each)]
+    results = engine.main([*options, *size, "--num-clones", "2", "--json", str(saved)])
+    assert json.loads(saved.read_text()) == json.loads(json.dumps(results))
+    assert results["ratios"].keys() == results["spread"].keys() == {"phase1", "phase2", "round"}
+    for phase, ratio in results["ratios"].items():
+        seconds = [results["seconds"][f"{side} {phase}"] for side in ("reference", "engine")]
+        ratios = [slow / fast for slow, fast in zip(*seconds)]
+        assert ratio == pytest.approx(sum(ratios) / 2)
+        assert results["spread"][phase] == [min(ratios), max(ratios)]
     assert "engine against textbook" in capsys.readouterr().out
 
 
 def test_the_demand_of_a_linear_layer_by_hand():
-    # A pass of 3 inputs to 2 outputs multiplies and adds 6 numbers: 12 FLOP; the gradient of the
-    # weight costs as much again, that of the input is not asked for.
-    found = machine.demand(torch.nn.Linear(3, 2, bias=False), torch.zeros(5, 3), bf16=False)
-    assert found["flop"] == 24
-    assert found["bytes"] > (3 + 2) * 4
+    # A pass of 3 inputs to 2 outputs multiplies and adds 6 numbers: 12 FLOP. The gradient of the
+    # weight costs the same again, and the gradient of the input is not computed.
+    cost = machine.demand(torch.nn.Linear(3, 2, bias=False), torch.zeros(5, 3), bf16=False)
+    assert cost["flop"] == 24
+    assert cost["bytes"] > (3 + 2) * 4
 
 
-def test_the_median_by_hand():
-    assert machine.median([3.0, 1.0, 2.0]) == 2
-    assert machine.median([4.0, 1.0, 2.0, 3.0]) == 2.5
-
-
-def test_the_textbook_knows_nothing_of_the_library():
+def test_the_textbook_does_not_import_the_library():
     assert "flwr_cloned_kd" not in Path(textbook.__file__).read_text().split('"""')[2]
     assert member(stacked([mlp()]), 0).keys() == mlp().state_dict().keys()
 
@@ -115,8 +109,8 @@ def archive(tmp_path):
     return path
 
 
-def test_phase_0_goes_on_from_its_results(archive, tmp_path, monkeypatch, capsys):
-    saved = tmp_path / "found.json"
+def test_phase_0_resumes_from_its_results(archive, tmp_path, monkeypatch, capsys):
+    saved = tmp_path / "results.json"
     command = ["--data", str(archive), "--seeds", "2", "--epochs", "1", "--device", "cpu"]
     command += ["--json", str(saved), "--only"]
     first = phase0.main([*command, "own-loop"])
@@ -124,7 +118,8 @@ def test_phase_0_goes_on_from_its_results(archive, tmp_path, monkeypatch, capsys
     assert json.loads(saved.read_text()) == first
     assert "own-loop" in capsys.readouterr().out
 
-    tasks, run = [], phase0.run
+    tasks = []
+    run = phase0.run
 
     def watched(task):
         tasks.append((task.name, task.seed))
@@ -149,15 +144,17 @@ def test_the_own_loop_of_phase_0_trains_what_fit_trains(epochs):
     recipe = Recipe(epochs=epochs, batch_size=10, augment=CropAndFlip())
     trial = phase0.Trial(recipe=recipe, moments=moments, pixels=moments)
     model = phase0.build(trial, 4, seed=0)
-    theirs, ours = (
-        phase0.pretrain(model, dataset, way(trial), seed=1, runtime=Runtime(device="cpu"))
-        for way in (phase0.ROWS["baseline"].change, phase0.ROWS["own-loop"].change)
+    by_fit, by_own_loop = (
+        phase0.pretrain(
+            model, dataset, phase0.ROWS[row].change(trial), seed=1, runtime=Runtime(device="cpu")
+        )
+        for row in ("baseline", "own-loop")
     )
-    assert distance(ours, theirs) < ROUNDING
-    assert distance(ours, model.state_dict()) > 1e-2
+    assert distance(by_own_loop, by_fit) < ROUNDING
+    assert distance(by_own_loop, model.state_dict()) > 1e-2
 
 
-def test_crops_of_phase_0_show_the_same_part_of_the_image_on_another_margin():
+def test_crops_of_phase_0_differ_only_in_their_padding():
     images = torch.randint(256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     images = images.to(torch.uint8)
     colour = torch.tensor([1.0, 2.0, 3.0])
@@ -169,22 +166,23 @@ def test_crops_of_phase_0_show_the_same_part_of_the_image_on_another_margin():
     assert (padded[inside] == plain[inside]).all()
     assert (reflected[inside] == plain[inside]).all()
     assert (padded == torch.where(inside, padded, colour[:, None, None])).all()
-    # View 0 begins four pixels up and to the left; the mirror does not repeat the edge.
+    # View 0 begins four pixels up and to the left. Reflection does not repeat the border.
     assert (reflected[0, :, 0, 0] == images[0, :, 4, 4]).all()
 
 
-def test_an_unknown_row_of_phase_0_is_named(archive, capsys):
+def test_an_unknown_row_of_phase_0_is_an_error_with_its_name(archive, capsys):
     with pytest.raises(SystemExit):
         phase0.main(["--data", str(archive), "--only", "cosine+nothing"])
     assert "got nothing" in capsys.readouterr().err
 
 
-def test_the_time_of_a_step_is_that_between_a_short_and_a_long_training(tmp_path):
+def test_steps_are_timed_by_a_short_and_a_long_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(steps, "NUM_IMAGES", 256)
     path = tmp_path / "steps.json"
     arguments = ["--device", "cpu", "--depths", "8", "--clones", "1", "--epochs", "1", "2"]
-    found = steps.main([*arguments, "--json", str(path)])
-    assert json.loads(path.read_text()) == found
-    (row,) = found["rows"]
+    results = steps.main([*arguments, "--json", str(path)])
+    assert json.loads(path.read_text()) == results
+    (row,) = results["rows"]
     assert (row["depth"], row["clones"]) == (8, 1)
     assert row["milliseconds"].keys() == {"plain"}
 
@@ -203,9 +201,9 @@ def test_every_preset_is_timed_as_often_as_asked(monkeypatch, tmp_path):
 
     monkeypatch.setattr(presets, "SETUPS", {"digits": tiny})
     path = tmp_path / "presets.json"
-    found = presets.main(
+    results = presets.main(
         ["--setup", "digits", "--repeats", "2", "--device", "cpu", "--json", str(path)]
     )
-    assert json.loads(path.read_text()) == found
-    assert found["digits"].keys() == {*PRESETS, "practical, no teachers"}
-    assert all(len(values) == 2 and min(values) > 0 for values in found["digits"].values())
+    assert json.loads(path.read_text()) == results
+    assert results["digits"].keys() == {*PRESETS, "practical, no teachers"}
+    assert all(len(values) == 2 and min(values) > 0 for values in results["digits"].values())

@@ -1,7 +1,7 @@
-"""Make what TLS and authentication need: certificates for a SuperLink, and keys of SuperNodes.
+"""Make certificates for a SuperLink and keys of SuperNodes, for TLS and authentication.
 
-Files that are there already stay. In production let an authority of yours sign the SuperLink's
-certificate, and make the key of each SuperNode on the machine that uses it.
+Existing files stay. In production, let an authority of yours sign the SuperLink's certificate, and
+make the key of each SuperNode on the machine that uses it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ VALID_DAYS = 365
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("folder", type=Path, help="folder of the files")
     parser.add_argument(
         "--host", action="append", help="name or address of the SuperLink (default: this machine)"
     )
@@ -38,7 +38,8 @@ def main() -> None:
 
 def make_certificates(folder: Path, hosts: list[str]) -> None:
     """Write ca.crt, superlink.crt and superlink.key; the authority's own key is not kept."""
-    authority_key, key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    authority_key = ec.generate_private_key(ec.SECP384R1())
+    key = ec.generate_private_key(ec.SECP384R1())
     issuer = _name("flwr-cloned-kd example authority")
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
     authority = (
@@ -62,7 +63,7 @@ def make_certificates(folder: Path, hosts: list[str]) -> None:
 
 
 def make_supernode_key(folder: Path, name: str) -> None:
-    """Write a key pair as `ssh-keygen -t ecdsa -b 384` does: NAME is private, NAME.pub is not."""
+    """Write a key pair as `ssh-keygen -t ecdsa -b 384` does: NAME is private, NAME.pub public."""
     key = ec.generate_private_key(ec.SECP384R1())
     _write_private(folder / name, key, serialization.PrivateFormat.OpenSSH)
     public = key.public_key().public_bytes(
@@ -84,7 +85,7 @@ def _certificate(
         .issuer_name(issuer)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
-        # An hour ago, for machines whose clock is behind.
+        # Valid since an hour ago, for machines whose clock is behind.
         .not_valid_before(now - timedelta(hours=1))
         .not_valid_after(now + timedelta(days=VALID_DAYS))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
@@ -107,7 +108,7 @@ def _write_private(
     path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat
 ) -> None:
     content = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-    # Readable by its owner only from the first byte on.
+    # Only the owner may read the file, from its first byte on.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
 

@@ -1,4 +1,4 @@
-"""The edge's side: a NumPyClient that trains clones, and one client app for both Flower APIs."""
+"""The edge: a NumPyClient that trains clones, and one client app for both Flower APIs."""
 
 import time
 from collections.abc import Callable
@@ -33,20 +33,21 @@ LEGACY_REQUESTS = ("fitins.", "evaluateins.", "getparametersins.", "getpropertie
 
 
 class EdgeClient(NumPyClient):
-    """An edge: trains what it is sent on its own data (Phase 1).
+    """An edge: trains the model of a request on its own data (Phase 1).
 
-    What the request asks for decides what comes back. With "num-clones" E in the config it is an
-    ensemble, every array `[E, *shape]`; without, a plain model, so that FedAvg, FedProx and
-    any other strategy run with this client. "proximal-mu", "seed" and "server-round" are read too.
+    The config of the request decides the form of the reply. With "num-clones" E, the reply is an
+    ensemble, every array `[E, *shape]`. Without it, the reply is a plain model, so that FedAvg,
+    FedProx and any other strategy work with this client. The keys "proximal-mu", "seed" and
+    "server-round" are read too.
 
     Args:
         model: the architecture of the core.
         dataset: the edge's private data.
-        recipe: Phase 1.
-        held_out: what `evaluate` measures on; None is `dataset`.
-        seed: determines the draws of a request that brings no "seed".
-        runtime: speed only.
-        max_clones: the most clones this edge agrees to train.
+        recipe: how Phase 1 trains.
+        held_out: data that `evaluate` measures on. None: `dataset`.
+        seed: determines the random draws of a request without "seed".
+        runtime: how to compute; changes only the speed.
+        max_clones: the largest number of clones that this edge trains for one request.
     """
 
     def __init__(
@@ -60,9 +61,13 @@ class EdgeClient(NumPyClient):
         runtime: Runtime = Runtime(),
         max_clones: int = 16,
     ) -> None:
-        self.model, self.dataset, self.recipe = model, dataset, recipe
+        self.model = model
+        self.dataset = dataset
+        self.recipe = recipe
         self.held_out = dataset if held_out is None else held_out
-        self.seed, self.runtime, self.max_clones = seed, runtime, max_clones
+        self.seed = seed
+        self.runtime = runtime
+        self.max_clones = max_clones
 
     def get_parameters(self, config: dict[str, Scalar]) -> NDArrays:
         """Return the model's own weights, in the order of its state dict."""
@@ -71,16 +76,18 @@ class EdgeClient(NumPyClient):
     def fit(
         self, parameters: NDArrays, config: dict[str, Scalar]
     ) -> tuple[NDArrays, int, dict[str, Scalar]]:
-        """Train; arrays come and go in the order of the model's state dict.
+        """Train; return (arrays, number of samples, metrics).
+
+        The arrays of the request and of the reply have the order of the model's state dict.
 
         Raises:
-            ValueError: if the arrays do not fit the model, or a config value is out of range.
+            ValueError: if the arrays do not fit the model, or if a config value is out of range.
         """
         num_clones = int(config.get("num-clones", 1))
         if not 1 <= num_clones <= self.max_clones:
             raise ValueError(f"num-clones: expected 1 to {self.max_clones}, got {num_clones}")
         mu = float(config.get("proximal-mu", self.recipe.proximal_mu))
-        fallback = fold_in(self.seed, int(config.get("server-round", 0)))
+        own_seed = fold_in(self.seed, int(config.get("server-round", 0)))
         started = time.perf_counter()
         trained = train_edge(
             self.model,
@@ -88,7 +95,7 @@ class EdgeClient(NumPyClient):
             self.dataset,
             replace(self.recipe, proximal_mu=mu),
             num_clones=num_clones,
-            seed=int(config.get("seed", fallback)),
+            seed=int(config.get("seed", own_seed)),
             runtime=self.runtime,
         )
         reply = trained if "num-clones" in config else member(trained, 0)
@@ -101,8 +108,8 @@ class EdgeClient(NumPyClient):
     ) -> tuple[float, int, dict[str, Scalar]]:
         """Return (cross entropy, number of samples, accuracy as a fraction in [0, 1])."""
         inputs, labels = self.held_out
-        one = clone(self._params(parameters), 1)
-        logits = predict(self.model, one, inputs, runtime=self.runtime)[0]
+        ensemble = clone(self._params(parameters), 1)
+        logits = predict(self.model, ensemble, inputs, runtime=self.runtime)[0]
         loss = float(cross_entropy(logits, Batch(inputs, labels, labels)))
         return loss, len(labels), {"accuracy": float(accuracy(logits, labels))}
 
@@ -110,7 +117,7 @@ class EdgeClient(NumPyClient):
         like = self.model.state_dict()
         if len(parameters) != len(like):
             raise ValueError(f"parameters: expected {len(like)} arrays, got {len(parameters)}")
-        # FedAvg averages integer counters into floats: back to what the model has.
+        # FedAvg averages integer counters into floats; the model needs integers.
         named = {
             name: np.asarray(array).astype(like[name].numpy().dtype)
             for name, array in zip(like, parameters)
@@ -119,14 +126,14 @@ class EdgeClient(NumPyClient):
 
 
 class _EdgeApp(ClientApp):
-    """A client app that hands the requests of a legacy server to a legacy client app."""
+    """A client app that passes the requests of a legacy server to a legacy client app."""
 
     legacy: ClientApp
 
     def __call__(self, message: Message, context: Context) -> Message:
         if any(name.startswith(LEGACY_REQUESTS) for name in message.content):
             reply = self.legacy(message, context)
-            return _introduced(reply, context)
+            return _with_edge(reply, context)
         return super().__call__(message, context)
 
 
@@ -137,21 +144,22 @@ def edge_app(
 ) -> ClientApp:
     """Make one client app that answers both of Flower's APIs with one NumPyClient.
 
-    Message API: "train" and "evaluate" with one ArrayRecord and an optional ConfigRecord;
-    "query" answers who this edge is, by the "name" or else the "partition-id" of its node config.
-    Legacy API: whatever `ServerAppComponents` sends.
+    Message API: "train" and "evaluate" take one ArrayRecord and an optional ConfigRecord. "query"
+    returns the name of this edge: the "name" of its node config, or else the "partition-id".
+    Legacy API: every request that `ServerAppComponents` sends.
 
     Args:
-        client_fn: called for every request but "query"; an `EdgeClient`, or any NumPyClient,
-            as it is or by `.to_client()`.
-        mods: client mods around every request but "query", in the form `guarded` gives them:
-            Flower's, which handle one model, answer a request for clones with an error that says
-            so; `ClipClones` and `LocalDpClones` handle ensembles.
+        client_fn: called for every request but "query". Returns an `EdgeClient` or any other
+            NumPyClient, with or without `.to_client()`.
+        mods: client mods around every request but "query", each prepared by `guarded`. Flower's
+            own mods handle one model and reply to a request for clones with an error that says
+            so. `ClipClones` and `LocalDpClones` handle ensembles.
     """
-    app, around = _EdgeApp(), guarded(mods)
-    app.legacy = ClientApp(lambda context: client_fn(context).to_client(), mods=around)
+    guarded_mods = guarded(mods)
+    app = _EdgeApp()
+    app.legacy = ClientApp(lambda context: client_fn(context).to_client(), mods=guarded_mods)
 
-    @app.train(mods=around)
+    @app.train(mods=guarded_mods)
     def train(message: Message, context: Context) -> Message:
         names, arrays, config = _unpack(message)
         reply, num_examples, metrics = _numpy_client(client_fn(context)).fit(arrays, config)
@@ -161,7 +169,7 @@ def edge_app(
         content = {"arrays": record, "metrics": _metrics(num_examples, metrics)}
         return Message(RecordDict(content), reply_to=message)  # type: ignore[arg-type]
 
-    @app.evaluate(mods=around)
+    @app.evaluate(mods=guarded_mods)
     def evaluate(message: Message, context: Context) -> Message:
         _, arrays, config = _unpack(message)
         loss, num_examples, metrics = _numpy_client(client_fn(context)).evaluate(arrays, config)
@@ -177,20 +185,21 @@ def edge_app(
 
 
 def _numpy_client(client: NumPyClient | Client) -> NumPyClient:
-    """Return what `.to_client()`, with which the usual client_fn ends, has wrapped."""
-    found = getattr(client, "numpy_client", client)
-    if not isinstance(found, NumPyClient):
+    """Undo `.to_client()`, with which most client functions end."""
+    numpy_client = getattr(client, "numpy_client", client)
+    if not isinstance(numpy_client, NumPyClient):
         raise TypeError(f"client_fn: expected a NumPyClient, got {type(client).__name__}")
-    return found
+    return numpy_client
 
 
 def _edge(context: Context) -> str:
+    """Return the name of this edge, "" if its node config has none."""
     config = context.node_config
     return str(config.get("name", config.get("partition-id", "")))
 
 
-def _introduced(reply: Message, context: Context) -> Message:
-    """Add who this edge is to the properties that a legacy server asks for."""
+def _with_edge(reply: Message, context: Context) -> Message:
+    """Add the name of this edge to the properties that a legacy server requests."""
     properties = "getpropertiesres.properties"
     if reply.has_content() and properties in reply.content:
         reply.content.config_records[properties].setdefault("edge", _edge(context))
@@ -199,7 +208,7 @@ def _introduced(reply: Message, context: Context) -> Message:
 
 
 def _unpack(message: Message) -> tuple[list[str], NDArrays, dict[str, Any]]:
-    """Return names, arrays and config of a Message-API request."""
+    """Return the names, arrays and config of a request of the Message API."""
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise ValueError(f"request: expected one ArrayRecord, got {len(records)}")
@@ -209,5 +218,5 @@ def _unpack(message: Message) -> tuple[list[str], NDArrays, dict[str, Any]]:
 
 
 def _metrics(num_examples: int, metrics: dict[str, Any]) -> MetricRecord:
-    numbers = {k: v for k, v in metrics.items() if type(v) in (int, float)}
+    numbers = {key: value for key, value in metrics.items() if type(value) in (int, float)}
     return MetricRecord({"num-examples": num_examples, **numbers})

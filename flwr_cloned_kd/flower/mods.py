@@ -1,4 +1,4 @@
-"""Client mods for ensemble replies: clipping and noise per clone, and Flower's own made safe."""
+"""Client mods for ensemble replies: clipping, noise, and a safe way to use Flower's own mods."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,9 +30,11 @@ ONE_MODEL = (
     legacy_mod.adaptiveclipping_mod,
     legacy_mod.LocalDpMod,
 )
-"""Flower's mods that take a reply for one model."""
+"""Flower's mods that treat every reply as one model."""
 
 LEGACY_ONLY = ONE_MODEL[3:]
+"""Mods that read the records of a legacy server only."""
+
 SECURE_AGGREGATION = (legacy_mod.secagg_mod, legacy_mod.secaggplus_mod)
 
 
@@ -42,15 +44,15 @@ class ClipClones:
 
     Each clone becomes sent + min(1, C / |clone - sent|) (clone - sent), with the norm over all of
     its floating tensors. A clone within the norm keeps its bits. Integer tensors, which count
-    batches, go back as they were sent. The reply reports "clipped", the share of clones that
-    were, in [0, 1]. A plain model in the reply is one clone.
+    batches, go back as they were sent. The metric "clipped" of the reply is the share of clones
+    that were clipped, in [0, 1]. A plain model in the reply is one clone.
 
     Args:
-        clipping_norm: C, above 0; None takes "clipping_norm" of the request's config, the key of
-            Flower's own clipping mods.
+        clipping_norm: C, above 0. None: use "clipping_norm" of the request's config, the key that
+            Flower's own clipping mods use.
 
     Raises:
-        ValueError: if it is not above 0.
+        ValueError: if the norm is not above 0.
     """
 
     clipping_norm: float | None = None
@@ -80,17 +82,17 @@ class LocalDpClones:
 
     Every clone is clipped as by `ClipClones`, then each of its floating values gets noise of
     standard deviation sqrt(E) * sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon (Dwork and Roth
-    2014, Theorem A.1). All E clones tell of the same data: the root of E makes (epsilon, delta)
-    hold for the arrays of the whole reply. The metrics of the reply are not covered.
+    2014, Theorem A.1). All E clones depend on the same data, so the factor sqrt(E) is needed for
+    (epsilon, delta) to hold for the arrays of the whole reply. The metrics of the reply are not
+    covered.
 
     Args:
         clipping_norm: C, above 0.
         epsilon: in (0, 1], where the theorem holds.
         delta: in (0, 1).
-        sensitivity: of one clone, above 0; None is 2 C, the farthest that two clipped clones can
-            be from each other.
-        generator: makes the source of the noise. From the operating system's entropy unless it is
-            given: noise that somebody can draw again can be subtracted.
+        sensitivity: of one clone, above 0. None: 2 C, the largest distance of two clipped clones.
+        generator: makes the source of the noise. The default takes a new seed from the operating
+            system each time, because an attacker who can repeat the draws can subtract the noise.
 
     Raises:
         ValueError: for a number out of range.
@@ -112,9 +114,9 @@ class LocalDpClones:
             raise ValueError(f"sensitivity: expected above 0, got {self.sensitivity}")
 
     def standard_deviation(self, num_clones: int) -> float:
-        """Return that of the noise for an ensemble of so many clones."""
-        each = 2 * self.clipping_norm if self.sensitivity is None else self.sensitivity
-        return math.sqrt(num_clones * 2 * math.log(1.25 / self.delta)) * each / self.epsilon
+        """Return the standard deviation of the noise for an ensemble of `num_clones`."""
+        sensitivity = 2 * self.clipping_norm if self.sensitivity is None else self.sensitivity
+        return math.sqrt(num_clones * 2 * math.log(1.25 / self.delta)) * sensitivity / self.epsilon
 
     def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
         if message.metadata.message_type != MessageType.TRAIN:
@@ -122,7 +124,8 @@ class LocalDpClones:
 
         def change(sent: StateDict, edge: Ensemble) -> tuple[Ensemble, dict[str, float]]:
             clipped, _ = clip(sent, edge, self.clipping_norm)
-            scale, rng = self.standard_deviation(size(edge)), self.generator()
+            scale = self.standard_deviation(size(edge))
+            rng = self.generator()
             for name, tensor in clipped.items():
                 if tensor.is_floating_point():
                     noise = torch.from_numpy(rng.normal(0, scale, tuple(tensor.shape)))
@@ -133,7 +136,7 @@ class LocalDpClones:
 
 
 def clip(sent: StateDict, edge: Ensemble, norm: float) -> tuple[Ensemble, float]:
-    """Clip every clone's movement from what was sent; return the share that was, too."""
+    """Clip every clone's movement from `sent`; return the clones and the share clipped."""
     floating = [name for name, tensor in edge.items() if tensor.is_floating_point()]
     moved = {name: edge[name].double() - sent[name].double() for name in floating}
     squares = [change.reshape(size(edge), -1).square().sum(1) for change in moved.values()]
@@ -146,48 +149,47 @@ def clip(sent: StateDict, edge: Ensemble, norm: float) -> tuple[Ensemble, float]
             clipped[name] = torch.stack([sent[name]] * size(edge))
             continue
         shape = (-1, *[1] * (tensor.dim() - 1))
-        near = (sent[name] + factors.view(shape) * moved[name]).to(tensor.dtype)
-        clipped[name] = torch.where(outside.view(shape), near, tensor)
+        scaled = (sent[name] + factors.view(shape) * moved[name]).to(tensor.dtype)
+        clipped[name] = torch.where(outside.view(shape), scaled, tensor)
     return clipped, float(outside.double().mean())
 
 
 def guarded(mods: Sequence[Mod] | None) -> list[Mod]:
     """Prepare mods for a client app whose replies may be ensembles, so that none fails silently.
 
-    Flower's clipping and privacy mods run around training only, and only around replies that are
-    one model; secure aggregation never around a request for clones. What they cannot do becomes
-    an error reply that names the mod, and every error reply goes to who asked.
+    Flower's clipping and privacy mods run around training only, and only around replies that hold
+    one model. Its secure aggregation never runs around a request for clones. Where such a mod
+    cannot run, the reply is an error that names the mod. Every error reply reaches the server.
     """
-    if not mods:
-        return []
-    chain = [_deliver, *(_explained(mod) for mod in mods)]
-    single = next((mod for mod in mods if _is(mod, ONE_MODEL)), None)
-    return chain if single is None else [*chain, _only_one_model(_name(single))]
+    return [_deliver, *(_checked(mod) for mod in mods)] if mods else []
 
 
 def refuse(message: Message, reason: str) -> Message:
-    """Log why, and reply with an error."""
+    """Log the reason and reply with an error."""
     log(ERROR, "%s", reason)
     return Message(Error(MOD_FAILED, reason), reply_to=message)
 
 
 def _deliver(message: Message, context: Context, call_next: CallNext) -> Message:
-    """Address errors to who asked: Flower's mods reply to their own reply, which nobody gets."""
+    """Address errors to the server: Flower's mods reply to the edge's own reply, which is lost."""
     reply = call_next(message, context)
-    asked = message.metadata
-    if reply.has_error() and reply.metadata.reply_to_message_id != asked.message_id:
-        log(ERROR, "A mod's error was addressed to nobody and is sent on: %s", reply.error.reason)
+    request = message.metadata
+    if reply.has_error() and reply.metadata.reply_to_message_id != request.message_id:
+        log(
+            ERROR, "A mod's error has no receiver; it is sent to the server: %s", reply.error.reason
+        )
         return Message(reply.error, reply_to=message)
     return reply
 
 
-def _explained(mod: Mod) -> Mod:
-    """Say what a mod of Flower's cannot do before it fails in words of its own."""
+def _checked(mod: Mod) -> Mod:
+    """Wrap a mod: where it cannot work, reply with an error that names it and the reason."""
     name = _name(mod)
+    one_model = _is(mod, ONE_MODEL)
 
     def call(message: Message, context: Context, call_next: CallNext) -> Message:
         training = message.metadata.message_type == MessageType.TRAIN
-        if _is(mod, ONE_MODEL) and not training:
+        if one_model and not training:
             return call_next(message, context)
         if _is(mod, SECURE_AGGREGATION) and training and _asks_for_clones(message):
             return refuse(
@@ -198,32 +200,33 @@ def _explained(mod: Mod) -> Mod:
         if _is(mod, LEGACY_ONLY) and "fitins.parameters" not in message.content:
             return refuse(
                 message,
-                f"{name}: that of flwr.client.mod is for legacy servers, this request is of the "
-                f"Message API; use ClipClones or LocalDpClones, which answer both",
+                f"{name}: the mod of flwr.client.mod is for legacy servers, but this request uses "
+                f"the Message API; use ClipClones or LocalDpClones, which support both",
             )
-        return mod(message, context, call_next)
+
+        def checked_next(message: Message, context: Context) -> Message:
+            return _only_one_model(name, message, call_next(message, context))
+
+        return mod(message, context, checked_next if one_model else call_next)
 
     return call
 
 
-def _only_one_model(name: str) -> Mod:
-    def call(message: Message, context: Context, call_next: CallNext) -> Message:
-        reply = call_next(message, context)
-        if message.metadata.message_type != MessageType.TRAIN or reply.has_error():
-            return reply
-        try:
-            _, edge, plain = _read(message, reply)
-        except ValueError as error:
-            return refuse(message, f"{name}: {error}")
-        if plain:
-            return reply
-        return refuse(
-            message,
-            f"{name}: expected one model in the reply, got an ensemble of {size(edge)} clones; "
-            f"use ClipClones or LocalDpClones instead",
-        )
-
-    return call
+def _only_one_model(name: str, message: Message, reply: Message) -> Message:
+    """Return a reply that holds one model; reply with an error to any other."""
+    if reply.has_error():
+        return reply
+    try:
+        _, edge, plain = _read(message, reply)
+    except ValueError as error:
+        return refuse(message, f"{name}: {error}")
+    if plain:
+        return reply
+    return refuse(
+        message,
+        f"{name}: expected one model in the reply, got an ensemble of {size(edge)} clones; "
+        f"use ClipClones or LocalDpClones instead",
+    )
 
 
 def _changed(
@@ -232,7 +235,7 @@ def _changed(
     change: Callable[[StateDict, Ensemble], tuple[Ensemble, dict[str, float]]],
     name: str,
 ) -> Message:
-    """Replace the arrays of a reply, in the form they have."""
+    """Replace the arrays of a reply, and keep whether they are one model or an ensemble."""
     if reply.has_error():
         return reply
     try:
@@ -242,23 +245,23 @@ def _changed(
     changed, metrics = change(sent, edge)
     arrays = member(changed, 0) if plain else changed
     key = next(iter(reply.content.array_records))
-    # In the reply's own order: a legacy server knows arrays by nothing else.
+    # A legacy server knows arrays by their order only, so keep that of the reply.
     order = reply.content.array_records[key]
-    record = ArrayRecord({each: Array(arrays[each].numpy()) for each in order})
+    record = ArrayRecord({tensor: Array(arrays[tensor].numpy()) for tensor in order})
     reply.content.array_records[key] = record
     legacy = reply.content.config_records.get("fitres.metrics")
-    for found in reply.content.metric_records.values() if legacy is None else [legacy]:
-        found.update(metrics)
+    for record_of_metrics in reply.content.metric_records.values() if legacy is None else [legacy]:
+        record_of_metrics.update(metrics)
     return reply
 
 
 def _read(message: Message, reply: Message) -> tuple[StateDict, Ensemble, bool]:
-    """Return what was sent, the ensemble that came back, and whether that is one plain model."""
-    asked = only(message.content.array_records, "ArrayRecord")
+    """Return what was sent, the ensemble in the reply, and whether the reply is one plain model."""
+    request = only(message.content.array_records, "ArrayRecord")
     record = only(reply.content.array_records, "ArrayRecord")
-    sent = {name: torch.from_numpy(np.array(array.numpy())) for name, array in asked.items()}
+    sent = {name: torch.from_numpy(np.array(array.numpy())) for name, array in request.items()}
     for name in sent.keys() & record.keys():
-        # FedAvg averages integer counters into floats; an edge answers with what its model has.
+        # FedAvg averages integer counters into floats; an edge replies in its model's dtype.
         dtype = torch.from_numpy(np.array(record[name].numpy())).dtype
         if dtype.is_floating_point != sent[name].is_floating_point():
             sent[name] = sent[name].to(dtype)
@@ -272,12 +275,12 @@ def _asks_for_clones(message: Message) -> bool:
 
 
 def _norm_of(message: Message) -> float:
-    found = [c["clipping_norm"] for c in message.content.config_records.values()
-             if "clipping_norm" in c]  # fmt: skip
-    if len(found) != 1 or not isinstance(found[0], int | float):
+    key = "clipping_norm"
+    norms = [config[key] for config in message.content.config_records.values() if key in config]
+    if len(norms) != 1 or not isinstance(norms[0], int | float):
         raise ValueError("expected a number as clipping_norm in the request's config, got none")
-    _check_norm(found[0])
-    return float(found[0])
+    _check_norm(norms[0])
+    return float(norms[0])
 
 
 def _check_norm(norm: float) -> None:

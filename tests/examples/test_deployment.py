@@ -1,8 +1,8 @@
-"""SuperLink, ServerApp and SuperNodes as processes of their own, and what happens when they die.
+"""SuperLink, ServerApp and SuperNodes as separate processes, some of which are killed.
 
-One federation with TLS and authentication lives through this module. Its edges are those of
-examples/deployment, but for a client that sleeps as its node config says, and that leaves the id
-of its process where the test can find it.
+The tests share one federation with TLS and authentication. Its edges are those of
+examples/deployment, except that a client sleeps as long as its node config says, and writes the id
+of its process into a file for the test.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ PORT = 48100
 WAIT_SECONDS = 150.0
 # Longer than the 60 s without a heartbeat after which a killed client is reported.
 TIMEOUT_SECONDS = 75.0
-# The TTL ends when the strategy's own deadline does: either may be seen first.
+# The TTL and the strategy's own deadline end at the same time: either may be seen first.
 OVERDUE = r"expected an answer, got none in \d+ s|expected a reply, got error 3: "
 SHORT = "core-epochs=6 edge-epochs=3 distill-epochs=3"
 
@@ -64,7 +64,7 @@ app = edge_app(client_fn)
 
 
 def deploy():
-    """examples/deployment/deploy.py as a module."""
+    """Import examples/deployment/deploy.py."""
     spec = importlib.util.spec_from_file_location("deploy", FOLDER / "deploy.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -73,19 +73,21 @@ def deploy():
 
 def wait_for(condition, what, seconds=WAIT_SECONDS):
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < deadline, f"expected {what} within {seconds:g} s"
         time.sleep(0.2)
-    return found
+    return result
 
 
 class Life:
-    """The federation of this module, its unreliable edges, and what its runs left."""
+    """The federation of this module, its unreliable edges, and the results of its runs."""
 
     num_partitions = 8
 
     def __init__(self, federation, folder):
-        self.federation, self.folder = federation, folder
+        self.federation = federation
+        self.launcher = federation.launcher
+        self.folder = folder
         self.app = folder / "app"
         shutil.copytree(FOLDER, self.app, ignore=shutil.ignore_patterns("__pycache__"))
         (self.app / "deployment" / "client_app.py").write_text(UNRELIABLE)
@@ -104,23 +106,23 @@ class Life:
         self.num_edges += 1
 
     def only_steady(self):
-        """End all edges but the one that always answers."""
-        self.federation.end(*self.federation.processes.keys() - {"superlink", "steady"})
-        if "steady" not in self.federation.processes:
+        """End all edges except the one that always answers."""
+        self.launcher.end(*self.launcher.processes.keys() - {"superlink", "steady"})
+        if "steady" not in self.launcher.processes:
             self.join("steady")
 
     def mark(self, name):
         return self.folder / f"{name}.pid"
 
     def trains(self, name):
-        """Wait until this edge is asked to train; return the process that does."""
+        """Wait until this edge trains; return the id of the process that trains."""
         return int(wait_for(lambda: self.mark(name).exists() and self.mark(name).read_text(), name))
 
     def server_app(self):
-        """The process of the one ServerApp that runs."""
-        mine = processes(self.folder)
-        (found,) = [pid for pid, command in mine if b"flwr-serverapp" in command]
-        return int(found)
+        """Return the id of the process of the one ServerApp that runs."""
+        running = processes(self.folder)
+        (server_app,) = [pid for pid, command in running if b"flwr-serverapp" in command]
+        return int(server_app)
 
     def run(self, name, **config):
         """Submit a run that writes its results into a folder of this name."""
@@ -133,35 +135,34 @@ class Life:
         return self.federation.submit(self.app, f"{SHORT} {pairs}")
 
     def rounds(self, name):
-        """The rounds so far: edge -> row."""
+        """Return the rounds so far: edge -> row."""
         path = self.folder / name / "rounds.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return {row["edge"]: row for row in map(json.loads, lines)}
 
     def finished(self, run_id, seconds=WAIT_SECONDS):
         """Wait for the end of a run; return its status."""
-        ended = wait_for(
+        return wait_for(
             lambda: (s := self.federation.status(run_id)).startswith("finished") and s,
             "the run to end",
             seconds,
         )
-        return ended
 
     def summary(self, name):
         return json.loads((self.folder / name / "summary.json").read_text())
 
     def log(self, name):
-        return (self.federation.logs / f"{name}.log").read_text()
+        return (self.launcher.logs / f"{name}.log").read_text()
 
 
 def processes(mark):
-    """The processes in whose environment a text occurs."""
-    found = []
+    """List (id, command) of the processes in whose environment a text occurs."""
+    marked = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             if str(mark).encode() in (folder / "environ").read_bytes():
-                found.append((folder.name, (folder / "cmdline").read_bytes()))
-    return found
+                marked.append((folder.name, (folder / "cmdline").read_bytes()))
+    return marked
 
 
 @pytest.fixture(scope="module")
@@ -169,17 +170,19 @@ def life(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployment")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        with deploy().Federation(folder, port=PORT) as federation:
+        script = deploy()
+        with script.Launcher(folder, echo=True) as launcher:
+            federation = script.Federation(launcher, folder, port=PORT)
             federation.make_keys([])
             federation.start_superlink()
             yield Life(federation, folder)
-    # An orphan whose SuperNode had ended by itself sees that within seconds.
+    # A client process whose SuperNode ended by itself notices that within seconds.
     wait_for(lambda: not processes(folder), "all processes to end", 20.0)
 
 
 @pytest.fixture(scope="module")
 def storm(life):
-    """A run of five edges of which three never answer, and what it left."""
+    """Run five edges, of which three never answer; return the rounds."""
     life.only_steady()
     for name in ("crash", "leave", "hang"):
         life.join(name, sleep=600.0)
@@ -189,14 +192,14 @@ def storm(life):
     run_id = life.run("storm", num_rounds=5, max_in_flight=5, timeout=TIMEOUT_SECONDS)
     os.kill(life.trains("crash"), signal.SIGKILL)
     life.trains("leave")
-    life.federation.end("leave")
+    life.launcher.end("leave")
     life.join("late")
     status = life.finished(run_id, TIMEOUT_SECONDS + WAIT_SECONDS)
     assert status == "finished:completed", life.log("superlink")[-5000:]
     return life.rounds("storm")
 
 
-def test_the_core_learned_from_the_edges_that_answered_and_the_run_completed(life, storm):
+def test_the_run_completes_with_the_edges_that_answered(life, storm):
     assert {edge for edge, row in storm.items() if row["accepted"]} == {"steady", "late"}
     assert set(storm) == {"steady", "late", "crash", "leave", "hang"}
     summary = life.summary("storm")
@@ -204,15 +207,15 @@ def test_the_core_learned_from_the_edges_that_answered_and_the_run_completed(lif
     assert summary["core-accuracy"] > max(0.5, summary["first-core-accuracy"])
 
 
-def test_an_edge_whose_process_is_killed_while_it_trains_is_refused(storm):
-    # Error 8 comes a minute after the last heartbeat of the client; if this machine took long to
-    # start it, the deadline comes first.
+def test_an_edge_that_is_killed_while_it_trains_is_refused(storm):
+    # Error 8 comes a minute after the client's last heartbeat. If this machine starts the client
+    # slowly, the deadline comes first.
     assert re.match(f"expected a reply, got error 8: |{OVERDUE}", storm["crash"]["cause"])
 
 
 def test_an_edge_that_joins_late_is_used(storm):
     assert storm["late"]["round"] > storm["steady"]["round"]
-    # It was sent the core before or after the other answer, and used either way.
+    # The core was sent to it before or after the other answer; its answer is used in both cases.
     assert storm["late"]["staleness"] in (0, 1)
 
 
@@ -221,21 +224,21 @@ def test_an_edge_that_leaves_while_it_trains_is_refused(life, storm):
     assert "SuperNode terminated gracefully" in life.log("leave")
 
 
-def test_an_edge_that_hangs_past_its_deadline_is_given_up(life, storm):
+def test_an_edge_that_hangs_past_its_deadline_is_refused(life, storm):
     assert re.match(OVERDUE, storm["hang"]["cause"])
     assert storm["hang"]["edge-seconds"] == pytest.approx(TIMEOUT_SECONDS, abs=15)
-    # Its client is not told, and keeps its SuperNode busy.
+    # Its client process still runs and keeps its SuperNode busy.
     os.kill(life.trains("hang"), 0)
 
 
 def test_a_supernode_that_is_not_registered_is_not_admitted(life, storm):
-    assert life.federation.processes["stranger"].wait(WAIT_SECONDS) == 1
+    assert life.launcher.processes["stranger"].wait(WAIT_SECONDS) == 1
     assert "Failed to activate SuperNode" in life.log("stranger")
     assert not life.mark("stranger").exists()
     assert len(life.federation.supernodes()) == 5
 
 
-def test_a_killed_server_app_goes_on_from_its_checkpoint(life):
+def test_a_killed_server_app_resumes_from_its_checkpoint(life):
     life.only_steady()
     life.join("slow", sleep=5.0)
     life.federation.wait_for_supernodes(2)
@@ -245,7 +248,7 @@ def test_a_killed_server_app_goes_on_from_its_checkpoint(life):
         "timeout": TIMEOUT_SECONDS,
     }
     first = life.run("resumed", max_in_flight=1, **settings)
-    # The SuperNodes are asked in the order in which they registered.
+    # The SuperNodes train in the order in which they registered.
     life.trains("slow")
     assert list(life.rounds("resumed")) == ["steady"]
     before = life.mark("steady").stat().st_mtime_ns
@@ -291,7 +294,7 @@ def test_the_script_runs_the_app_on_authenticated_supernodes(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_script_ends_all_its_processes_when_it_is_interrupted(tmp_path, number):
+def test_an_interrupted_script_ends_all_its_processes(tmp_path, number):
     with subprocess.Popen(
         script("--insecure", "--num-edges", 1, "--port", PORT + 30),
         env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
@@ -309,7 +312,7 @@ def test_the_script_ends_all_its_processes_when_it_is_interrupted(tmp_path, numb
     assert not processes(tmp_path)
 
 
-def test_the_script_does_not_take_another_server_for_its_superlink(tmp_path):
+def test_the_script_refuses_a_port_in_use(tmp_path):
     with socket.create_server(("127.0.0.1", PORT + 40)):
         result = subprocess.run(
             script("--port", PORT + 40, "--folder", tmp_path), capture_output=True, text=True
@@ -319,7 +322,7 @@ def test_the_script_does_not_take_another_server_for_its_superlink(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_the_script_says_why_a_supernode_did_not_start(tmp_path):
+def test_the_script_shows_why_a_supernode_did_not_start(tmp_path):
     # The first SuperNode takes the port after the SuperLink's for its client processes.
     with socket.create_server(("127.0.0.1", PORT + 51)):
         result = subprocess.run(
@@ -333,7 +336,7 @@ def test_the_script_says_why_a_supernode_did_not_start(tmp_path):
     assert not processes(tmp_path)
 
 
-def test_the_script_explains_itself():
+def test_the_script_has_a_help_page():
     result = subprocess.run(script("--help"), capture_output=True, text=True)
     assert result.returncode == 0
     assert "--insecure" in result.stdout

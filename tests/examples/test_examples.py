@@ -1,11 +1,12 @@
-"""The examples, run as a user runs them."""
+"""The examples, started by the commands of their pages."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from flwr.common.config import parse_config_args
 from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, load_digits, take, train_edge
 from flwr_cloned_kd.apps.experiment import build_core, recipe, split
 from flwr_cloned_kd.apps.settings import Settings
+from tests.examples.test_deployment import processes
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -40,50 +42,54 @@ def run_app(tmp_path, run_config):
 
 
 def runner():
-    """examples/run.py as a module."""
-    spec = importlib.util.spec_from_file_location("runner", EXAMPLES / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """examples/run.py as a module. Like the script, it finds launch.py in its own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        return importlib.import_module("run")
 
 
 def rows(tmp_path):
-    """Every round of the only run, without what depends on the clock."""
+    """Read every round of the only run, without the fields that depend on the clock."""
     (path,) = tmp_path.glob("*/metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "seconds" not in k and k != "time"} for row in lines]
+    return [
+        {key: value for key, value in row.items() if "seconds" not in key and key != "time"}
+        for row in lines
+    ]
 
 
 def plain_accuracies(settings):
-    """Algorithm 1 without Flower, on what the app's settings stand for."""
-    core, row = build_core(settings), VARIANTS[settings.variant]
+    """Run Algorithm 1 without Flower by the settings of the app."""
+    core = build_core(settings)
+    variant = VARIANTS[settings.variant]
     train, _ = load_digits()
     parts = split(settings, train[1])
-    state, found = core.state(core.pretrain()), []
+    state = core.state(core.pretrain())
+    rows = []
     for server_round in range(1, settings.num_edges + 1):
         edge = train_edge(
             core.model,
             state.params,
             take(train, parts[server_round]),
             recipe(settings, settings.edge_epochs),
-            num_clones=row.num_clones,
+            num_clones=variant.num_clones,
             seed=edge_seed(core.seed, server_round),
         )
         state, metrics = core.distill(state, edge)
-        found.append(metrics)
-    return found
+        rows.append(metrics)
+    return rows
 
 
 @pytest.mark.simulation
-def test_flwr_run_twice_gives_the_same_rounds_and_those_of_the_plain_loop(tmp_path):
+def test_two_runs_and_the_plain_loop_give_the_same_rounds(tmp_path):
     config = f"{SHORT} seed=5"
-    found = []
+    runs = []
     for name, strategies in (("first", "cloned-kd,fedavg,fedprox"), ("second", "cloned-kd")):
         result = run_app(tmp_path / name, f"{config} strategy='{strategies}'")
         assert result.returncode == 0, result.stdout + result.stderr
         assert "Comparison (first core:" in result.stdout
         assert "Final core accuracy:" in result.stdout
-        found.append(rows(tmp_path / name))
+        runs.append(rows(tmp_path / name))
         (folder,) = (tmp_path / name).iterdir()
         assert {path.name for path in folder.iterdir()} == {
             "metrics.jsonl",
@@ -91,13 +97,14 @@ def test_flwr_run_twice_gives_the_same_rounds_and_those_of_the_plain_loop(tmp_pa
             "accuracy.png",
             "timeline-cloned-kd.png",
         }
-    assert found[0][:9] == found[1]
+    first, second = runs
+    assert first[:9] == second
     settings = Settings(core_epochs=6, edge_epochs=4, distill_epochs=4, seed=5)
-    cloned = [row for row in found[0] if row["strategy"] == "cloned-kd"]
+    cloned = [row for row in first if row["strategy"] == "cloned-kd"]
     assert [row["edge"] for row in cloned] == [str(edge) for edge in range(9)]
     for row, expected in zip(cloned, plain_accuracies(settings), strict=True):
         assert {key: row[key] for key in expected} == expected
-    assert [row["strategy"] for row in found[0][9:]] == ["fedavg", "fedprox"]
+    assert [row["strategy"] for row in first[9:]] == ["fedavg", "fedprox"]
 
 
 @pytest.mark.parametrize(
@@ -109,23 +116,27 @@ def test_flwr_run_twice_gives_the_same_rounds_and_those_of_the_plain_loop(tmp_pa
         ("model=resnet-8", "--run-config model=resnet-8"),
     ],
 )
-def test_a_wrong_setting_is_found_before_anything_starts(config, message):
+def test_a_wrong_setting_is_an_error_before_a_process_starts(config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         runner().check(EXAMPLES / "quickstart_digits", runner().parse(["seed=1", config]))
 
 
 def started(monkeypatch, *arguments):
-    """What the runner would simulate: (settings as Flower would read them, its resources)."""
-    script, found = runner(), []
+    """Start no simulation; return its settings as Flower reads them, and its resources.
+
+    If the arguments have a mistake, return the exit status.
+    """
+    script = runner()
+    simulations = []
 
     def simulate(app, overrides, resources, home):
-        found.append((parse_config_args([overrides]), resources))
+        simulations.append((parse_config_args([overrides]), resources))
         return "finished:failed", ["stopped by the test"]
 
     monkeypatch.setattr(script, "simulate", simulate)
     monkeypatch.setattr(sys, "argv", ["run.py", "quickstart_digits", *map(str, arguments)])
-    code = script.main()
-    return found[0] if found else code
+    exit_status = script.main()
+    return simulations[0] if simulations else exit_status
 
 
 @pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*/README.md")), ids=lambda p: p.parent.name)
@@ -149,14 +160,16 @@ def test_the_runner_takes_edges_and_results_from_the_run_config(monkeypatch, tmp
 
 
 def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
-    (tmp_path / "mine.toml").write_text("num-edges = 3\nlr = 0.05\ncuda-graphs = true\n")
-    file = tmp_path / "mine.toml"
-    config, _ = started(monkeypatch, "--run-config", file, "--run-config", "lr=0.1")
+    file = tmp_path / "my.toml"
+    lines = ["num-edges = 3", "lr = 0.05", "cuda-graphs = true", 'data-path = "Ann\'s"  # a string']
+    file.write_text("\n".join(lines))
+    config, resources = started(monkeypatch, "--run-config", file, "--run-config", "lr=0.1")
     config.pop("results")
-    assert config == {"num-edges": 3, "lr": 0.1, "cuda-graphs": True}
+    assert config == {"num-edges": 3, "lr": 0.1, "cuda-graphs": True, "data-path": "Ann's"}
+    assert resources["num-supernodes"] == 3
 
 
-def test_a_path_with_an_apostrophe_arrives_as_it_is(monkeypatch, tmp_path):
+def test_a_path_with_an_apostrophe_arrives_unchanged(monkeypatch, tmp_path):
     config, _ = started(monkeypatch, "--results", tmp_path / "Ann's")
     assert config["results"] == str(tmp_path / "Ann's")
 
@@ -191,6 +204,30 @@ def test_a_run_that_fails_inside_the_app_exits_with_its_cause(tmp_path):
     assert "No such file or directory: '/nowhere/x.npz'" in result.stderr
 
 
+@pytest.mark.simulation
+def test_a_terminated_runner_ends_the_processes_of_its_run(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "run.py"), "quickstart_digits"]
+    command += ["--results", str(tmp_path / "results"), "--run-config", SHORT]
+    # Ray's sockets need a short path.
+    folders = {"TMPDIR": str(tmp_path), "RAY_TMPDIR": tempfile.gettempdir()}
+    with subprocess.Popen(
+        command,
+        env=os.environ | ENVIRONMENT | folders,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if "[ROUND 1]" in line:
+                break
+        process.terminate()
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert not processes(tmp_path)
+    assert not list(tmp_path.glob("flwr-*"))
+
+
 SIMULATION = """
 from flwr.app import ArrayRecord
 from flwr.serverapp import ServerApp
@@ -203,8 +240,8 @@ server = ServerApp()
 @server.main()
 def main(grid, context):
     core = small_core()
-    tell = lambda row: print(row["edge"], row["accepted"])
-    strategy = ClonedKD(core, num_clones=2, on_round=tell)
+    show = lambda row: print(row["edge"], row["accepted"])
+    strategy = ClonedKD(core, num_clones=2, on_round=show)
     strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=3, timeout=120)
     print("version", strategy.state.version)
 
@@ -232,7 +269,7 @@ def test_the_loop_without_flower_runs():
     assert result.stdout.count("core") >= 3
 
 
-def test_the_loop_without_flower_explains_itself():
+def test_the_loop_without_flower_has_a_help_page():
     result = run(EXAMPLES / "algorithm1.py", "--help")
     assert result.returncode == 0
     assert "--variant" in result.stdout
@@ -243,8 +280,8 @@ def test_seeds_of_one_purpose_do_not_collide_with_another():
     assert edge_seed(0, 1) == fold_in(0, "phase-1", 1)
 
 
-def test_an_edge_of_the_deployment_splits_the_data_as_its_server_does(monkeypatch):
-    """Whatever num-partitions says: split into two, edge 0 would hold rows of the core's third."""
+def test_an_edge_of_the_deployment_splits_data_as_its_server(monkeypatch):
+    """An edge must ignore num-partitions: split into two, edge 0 would get rows of the core."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(str(EXAMPLES / "deployment"))
     make = importlib.import_module("deployment.client_app").client_fn

@@ -1,4 +1,4 @@
-"""The edge's side, through both of Flower's APIs."""
+"""The edge, called through both of Flower's APIs."""
 
 import numpy as np
 import pytest
@@ -42,9 +42,9 @@ def test_a_request_for_clones_is_answered_with_an_ensemble():
     expected = train_edge(
         digits_cnn(), digits_cnn().state_dict(), take(TRAIN, PARTS[1]), RECIPE, num_clones=2, seed=5
     )
-    found = reply.content["arrays"].to_torch_state_dict()
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    ensemble = reply.content["arrays"].to_torch_state_dict()
+    assert list(ensemble) == list(expected)
+    assert all(torch.equal(ensemble[name], expected[name]) for name in expected)
     assert reply.content["metrics"]["num-examples"] == 60
     assert reply.content["metrics"]["train-seconds"] > 0
 
@@ -55,7 +55,7 @@ def test_a_request_without_clones_is_answered_with_a_plain_model():
     assert shapes == {name: tuple(t.shape) for name, t in digits_cnn().state_dict().items()}
 
 
-def test_the_usual_client_fn_that_returns_to_client_is_fine_too():
+def test_a_client_fn_may_return_to_client():
     usual = edge_app(lambda context: edge_client(0).to_client())
     reply = ask({"arrays": arrays(), "config": ConfigRecord({"seed": 5})}, client_app=usual)
     plain = ask({"arrays": arrays(), "config": ConfigRecord({"seed": 5})})
@@ -64,7 +64,7 @@ def test_the_usual_client_fn_that_returns_to_client_is_fine_too():
     assert reply.content["metrics"]["num-examples"] == 60
 
 
-def test_a_client_that_sees_no_arrays_is_named():
+def test_a_client_that_is_no_numpy_client_is_an_error():
     class Bare(Client):
         pass
 
@@ -72,7 +72,7 @@ def test_a_client_that_sees_no_arrays_is_named():
         ask({"arrays": arrays()}, client_app=edge_app(lambda context: Bare()))
 
 
-def test_another_number_of_arrays_is_told_with_both_numbers():
+def test_another_number_of_arrays_is_an_error_with_both_numbers():
     class Short(NumPyClient):
         def fit(self, parameters, config):
             return parameters[:-2], 1, {}
@@ -82,7 +82,7 @@ def test_another_number_of_arrays_is_told_with_both_numbers():
         ask({"arrays": arrays()}, client_app=edge_app(lambda context: Short()))
 
 
-def test_a_request_without_any_config_is_answered_too():
+def test_a_request_without_a_config_is_answered():
     assert "arrays" in ask({"arrays": arrays()}).content
 
 
@@ -98,18 +98,18 @@ def test_rounds_without_a_seed_draw_differently_and_reproducibly():
 def test_the_servers_proximal_mu_is_used():
     config = {"proximal-mu": 0.5, "seed": 3}
     parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
-    found, _, _ = edge_client(0).fit(parameters, config)
+    trained, _, _ = edge_client(0).fit(parameters, config)
     recipe = Recipe(epochs=2, batch_size=32, proximal_mu=0.5)
     start = clone(digits_cnn().state_dict(), 1)
     expected = member(fit(digits_cnn(), start, take(TRAIN, PARTS[1]), recipe, seed=3), 0)
-    assert all(np.array_equal(a, b.numpy()) for a, b in zip(found, expected.values()))
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(trained, expected.values()))
 
 
-def test_counters_that_fedavg_averaged_into_floats_are_taken():
+def test_counters_that_fedavg_averaged_into_floats_are_accepted():
     parameters = [t.double().numpy() for t in digits_cnn().state_dict().values()]
-    found, _, _ = edge_client(0).fit(parameters, {})
-    kinds = [a.dtype for a in found]
-    assert kinds == [t.numpy().dtype for t in digits_cnn().state_dict().values()]
+    trained, _, _ = edge_client(0).fit(parameters, {})
+    dtypes = [array.dtype for array in trained]
+    assert dtypes == [t.numpy().dtype for t in digits_cnn().state_dict().values()]
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_evaluation_reports_loss_and_accuracy():
     ("node_config", "edge"),
     [({}, "0"), ({"partition-id": 4}, "4"), ({"name": "clinic", "partition-id": 4}, "clinic")],
 )
-def test_a_query_is_answered_with_who_the_edge_is(node_config, edge):
+def test_a_query_is_answered_with_the_name_of_the_edge(node_config, edge):
     reply = ask({}, "query", **node_config)
     assert reply.content["config"]["edge"] == edge
 
 
 def legacy_request(config):
-    """What a server on `ServerAppComponents` sends: unnamed arrays without headers."""
+    """Make a request of `ServerAppComponents`: arrays without names and headers."""
     tensors = digits_cnn().state_dict().values()
     record = {}
     for index, tensor in enumerate(tensors):
@@ -199,11 +199,9 @@ def test_client_mods_wrap_both_apis():
 def test_an_edge_without_a_seed_from_the_server_uses_its_own():
     parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
     data = take(TRAIN, PARTS[1])
-    found, _, _ = EdgeClient(digits_cnn(), data, RECIPE, seed=9).fit(
-        parameters, {"server-round": 2}
-    )
-    same, _, _ = EdgeClient(digits_cnn(), data, RECIPE).fit(parameters, {"seed": fold_in(9, 2)})
-    assert all(np.array_equal(a, b) for a, b in zip(found, same))
+    own, _, _ = EdgeClient(digits_cnn(), data, RECIPE, seed=9).fit(parameters, {"server-round": 2})
+    sent, _, _ = EdgeClient(digits_cnn(), data, RECIPE).fit(parameters, {"seed": fold_in(9, 2)})
+    assert all(np.array_equal(a, b) for a, b in zip(own, sent))
 
 
 def test_metrics_of_the_reply_are_a_metric_record():

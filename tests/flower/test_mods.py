@@ -1,4 +1,4 @@
-"""Client mods around an edge: each works, or says in an error that arrives why it cannot."""
+"""Client mods around an edge: each one works, or its error names it and reaches the server."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,8 @@ def app(*mods):
 
 def absorb(*mods, config=NORM, rounds=1, **options):
     """Run ClonedKD over edges with these mods and return its rounds."""
-    core, rows = small_core(), []
+    core = small_core()
+    rows = []
     strategy = ClonedKD(core, num_clones=2, on_round=rows.append, **options)
     first = ArrayRecord(core.model.state_dict())
     grid = FakeGrid([app(*mods)] * rounds)
@@ -47,7 +48,8 @@ def absorb(*mods, config=NORM, rounds=1, **options):
 
 
 def absorb_legacy(*mods, config=NORM):
-    core, rows = small_core(), []
+    core = small_core()
+    rows = []
     strategy = LegacyClonedKD(
         core,
         core.model.state_dict(),
@@ -82,7 +84,7 @@ def test_flowers_size_mods_work(absorb, name, flower_log):
     ],
     ids=["fixed", "adaptive", "local"],
 )
-def test_flowers_mods_for_one_model_refuse_an_ensemble_and_say_so(absorb, mod, flower_log):
+def test_flowers_mods_for_one_model_refuse_an_ensemble(absorb, mod, flower_log):
     (row,) = absorb(mod)
     name = getattr(mod, "__name__", "LocalDpMod")
     cause = f"{name}: expected one model in the reply, got an ensemble of 2 clones"
@@ -100,22 +102,22 @@ def test_flowers_mods_for_one_model_refuse_an_ensemble_and_say_so(absorb, mod, f
     ],
     ids=["fixed", "adaptive", "local"],
 )
-def test_the_legacy_form_of_these_mods_says_what_it_cannot_do(mod):
+def test_a_legacy_mod_refuses_what_it_cannot_handle(mod):
     (row,) = absorb(mod)
-    assert "that of flwr.client.mod is for legacy servers" in row["cause"]
+    assert "the mod of flwr.client.mod is for legacy servers" in row["cause"]
     (row,) = absorb_legacy(mod)
     assert "expected one model in the reply, got an ensemble of 2 clones" in row["cause"]
 
 
 @BOTH
 @pytest.mark.parametrize("mod", [legacy_mod.secagg_mod, legacy_mod.secaggplus_mod])
-def test_secure_aggregation_refuses_a_request_for_clones_and_says_why(absorb, mod):
+def test_secure_aggregation_refuses_a_request_for_clones(absorb, mod):
     (row,) = absorb(mod)
     assert not row["accepted"]
     assert f"{mod.__name__}: secure aggregation only reveals a sum of many edges" in row["cause"]
 
 
-def test_a_clipping_mod_that_got_no_norm_says_so():
+def test_a_clipping_mod_without_a_norm_is_an_error():
     (row,) = absorb(message_mod.fixedclipping_mod, config={})
     assert "fixedclipping_mod requires the key 'clipping_norm'" in row["cause"]
     (row,) = absorb(ClipClones(), config={})
@@ -129,28 +131,28 @@ def test_a_clipping_mod_that_got_no_norm_says_so():
     [message_mod.fixedclipping_mod, message_mod.adaptiveclipping_mod, ClipClones(1.0)],
     ids=["fixed", "adaptive", "ours"],
 )
-def test_around_fedavg_clipping_works_and_leaves_evaluation_alone(mod):
+def test_clipping_works_with_fedavg_and_skips_evaluation(mod):
     core = small_core()
-    everybody = {"min_train_nodes": 2, "min_evaluate_nodes": 2, "min_available_nodes": 2}
-    result = FedAvg(**everybody).start(
+    all_edges = {"min_train_nodes": 2, "min_evaluate_nodes": 2, "min_available_nodes": 2}
+    result = FedAvg(**all_edges).start(
         FakeGrid([app(mod)] * 2),
         ArrayRecord(core.model.state_dict()),
         num_rounds=2,  # in the second, FedAvg sends the mean of the batch counters, a float
         train_config=ConfigRecord(dict(NORM)),
     )
-    found = result.arrays.to_torch_state_dict(keep_input=True)
+    end = result.arrays.to_torch_state_dict(keep_input=True)
     start = core.model.state_dict()
     floating = [name for name in start if start[name].is_floating_point()]
-    moved = math.sqrt(sum(float((found[n] - start[n]).double().square().sum()) for n in floating))
-    # Each of the two moved by at most 1 a round, so their mean did; float32 rounds.
-    assert 0 < moved <= 2 + 1e-4
+    squares = [float((end[name] - start[name]).double().square().sum()) for name in floating]
+    # Each of the two edges moves by at most 1 a round, and so does their mean; float32 rounds.
+    assert 0 < math.sqrt(sum(squares)) <= 2 + 1e-4
     assert list(result.train_metrics_clientapp) == [1, 2]
     assert "loss" in result.evaluate_metrics_clientapp[2]
 
 
-def test_an_error_that_a_mod_addresses_to_nobody_arrives():
+def test_a_mods_error_for_the_wrong_receiver_reaches_the_server():
     def lost(message, context, call_next):
-        """As Flower's mods do on finding several records: the error answers the reply."""
+        """Do as Flower's mods do with several records: address the error to the reply."""
         reply = call_next(message, context)
         reply.content["arrays-too"] = ArrayRecord({"x": Array(np.zeros(1))})
         return message_mod.fixedclipping_mod(message, context, lambda *_: reply)
@@ -159,8 +161,8 @@ def test_an_error_that_a_mod_addresses_to_nobody_arrives():
     assert "expected a reply, got error 6: 'fixedclipping_mod expects exactly one" in row["cause"]
 
 
-def test_an_unguarded_app_never_gets_that_error_back():
-    # The reason for guarded(): what Flower itself does with the same mod.
+def test_without_guarded_that_error_has_no_receiver():
+    # This is the reason for guarded(): Flower itself sends the error of the same mod nowhere.
     def lost(message, context):
         reply = Message(RecordDict(), reply_to=message)
         return message_mod.fixedclipping_mod(message, context, lambda *_: reply)
@@ -185,7 +187,7 @@ def test_our_mods_work_with_an_ensemble(absorb):
 
 
 @BOTH
-def test_noise_that_makes_a_running_variance_negative_is_refused_not_learned(absorb):
+def test_noise_that_makes_a_running_variance_negative_is_refused(absorb):
     # A deviation of 13.7 around variances of 1: of 120 about half are below zero.
     (row,) = absorb(LocalDpClones(**DP))
     assert not row["accepted"]
@@ -201,14 +203,32 @@ def test_mods_are_applied_in_the_order_given():
         return reply
 
     absorb(look, ClipClones(1.0), look)
-    assert seen == [None, 1.0]  # the last of the list is next to the client
+    assert seen == [None, 1.0]  # the last mod of the list is next to the client
+
+
+def test_a_mod_for_one_model_checks_the_reply_that_it_receives():
+    def first_clone(message, context, call_next):
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        clones = {name: array.numpy() for name, array in reply.content["arrays"].items()}
+        first = {name: Array(np.array(array[0])) for name, array in clones.items()}
+        reply.content["arrays"] = ArrayRecord(first)
+        return reply
+
+    (row,) = absorb(message_mod.fixedclipping_mod, first_clone)
+    assert row["accepted"]
+    assert row["num-clones"] == 1
+    (row,) = absorb(first_clone, message_mod.fixedclipping_mod)
+    assert "fixedclipping_mod: expected one model in the reply" in row["cause"]
 
 
 class Moving(NumPyClient):
-    """Moves w and b by what it was made with; a counter goes up by 1."""
+    """Move w and b by the given amounts, one triple a clone; add 1 to the counter."""
 
     def __init__(self, *clones, plain=False):
-        self.clones, self.plain = clones, plain
+        self.clones = clones
+        self.plain = plain
 
     def fit(self, parameters, config):
         w, b, count = parameters
@@ -222,39 +242,39 @@ class Moving(NumPyClient):
 
 
 def moved(mod, *clones, plain=False, count=5):
-    """Send w = [1, 1], b = 1 and a counter; return what comes back."""
+    """Send w = [1, 1], b = 1 and a counter; return the arrays and metrics of the reply."""
     arrays = {"w": np.ones(2, "f4"), "b": np.ones((), "f4"), "count": np.array(count)}
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     message = Message(RecordDict({"arrays": record}), dst_node_id=100, message_type="train")
     edge = edge_app(lambda context: Moving(*clones, plain=plain), mods=[mod])
     reply = edge(message, Context(1, 100, {}, RecordDict(), {}))
-    found = {name: array.numpy() for name, array in reply.content["arrays"].items()}
-    return found, reply.content["metrics"]
+    arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}
+    return arrays, reply.content["metrics"]
 
 
 def test_each_clone_is_clipped_by_its_own_norm():
     # |(2, 1, 2)| = 3 is scaled by 1/3; |(0.25, 0.5, 0.5)| = 0.75 is within the norm of 1.
-    found, metrics = moved(ClipClones(1.0), (2, 1, 2), (0.25, 0.5, 0.5))
-    assert found["w"] == pytest.approx(np.array([[1 + 2 / 3, 1 + 1 / 3], [1.25, 1.5]]), abs=1e-6)
-    assert found["b"] == pytest.approx(np.array([1 + 2 / 3, 1.5]), abs=1e-6)
+    arrays, metrics = moved(ClipClones(1.0), (2, 1, 2), (0.25, 0.5, 0.5))
+    assert arrays["w"] == pytest.approx(np.array([[1 + 2 / 3, 1 + 1 / 3], [1.25, 1.5]]), abs=1e-6)
+    assert arrays["b"] == pytest.approx(np.array([1 + 2 / 3, 1.5]), abs=1e-6)
     assert metrics["clipped"] == 0.5
 
 
-def test_clipping_keeps_dtypes_and_sends_counters_back_as_they_came():
-    found, _ = moved(ClipClones(1.0), (2, 1, 2), (0.25, 0.5, 0.5))
-    assert found["count"].tolist() == [5, 5]
-    assert [array.dtype for array in found.values()] == ["f4", "f4", "i8"]
+def test_clipping_keeps_dtypes_and_counters():
+    arrays, _ = moved(ClipClones(1.0), (2, 1, 2), (0.25, 0.5, 0.5))
+    assert arrays["count"].tolist() == [5, 5]
+    assert [array.dtype for array in arrays.values()] == ["f4", "f4", "i8"]
 
 
-def test_a_counter_that_was_sent_as_a_mean_goes_back_in_the_type_the_edge_answers():
-    # 5.5 batches on average; the edge, like EdgeClient, counts in whole numbers.
+def test_a_counter_sent_as_a_mean_returns_in_the_edges_dtype():
+    # 5.5 batches is a mean of two edges; the edge, like EdgeClient, counts in whole numbers.
     for mod in (ClipClones(1.0), LocalDpClones(**DP)):
-        found, _ = moved(mod, (2, 1, 2), (0.25, 0.5, 0.5), count=5.5)
-        assert found["count"].tolist() == [5, 5]
-        assert found["count"].dtype == "i8"
+        arrays, _ = moved(mod, (2, 1, 2), (0.25, 0.5, 0.5), count=5.5)
+        assert arrays["count"].tolist() == [5, 5]
+        assert arrays["count"].dtype == "i8"
 
 
-def test_a_float_of_another_precision_is_refused_as_before():
+def test_a_float_of_another_precision_is_refused():
     class Double(NumPyClient):
         def fit(self, parameters, config):
             return [parameters[0].astype("f8")], 1, {}
@@ -266,21 +286,21 @@ def test_a_float_of_another_precision_is_refused_as_before():
     assert "w: expected dtype torch.float32, got torch.float64" in reply.error.reason
 
 
-def test_a_clone_within_the_norm_or_that_did_not_move_keeps_its_bits():
-    found, metrics = moved(ClipClones(100.0), (0.1, 0.2, 0.3), (0, 0, 0))
-    assert np.array_equal(found["w"][0], np.ones(2, "f4") + np.array([0.1, 0.2], "f4"))
-    assert found["w"][1].tolist() == [1, 1]
+def test_a_clone_within_the_norm_keeps_its_bits():
+    arrays, metrics = moved(ClipClones(100.0), (0.1, 0.2, 0.3), (0, 0, 0))
+    assert np.array_equal(arrays["w"][0], np.ones(2, "f4") + np.array([0.1, 0.2], "f4"))
+    assert arrays["w"][1].tolist() == [1, 1]
     assert metrics["clipped"] == 0
 
 
 def test_a_plain_model_is_clipped_and_stays_plain():
-    found, metrics = moved(ClipClones(1.0), (2, 1, 2), plain=True)
-    assert found["w"] == pytest.approx(np.array([1 + 2 / 3, 1 + 1 / 3]), abs=1e-6)
-    assert found["b"].shape == ()
+    arrays, metrics = moved(ClipClones(1.0), (2, 1, 2), plain=True)
+    assert arrays["w"] == pytest.approx(np.array([1 + 2 / 3, 1 + 1 / 3]), abs=1e-6)
+    assert arrays["b"].shape == ()
     assert metrics["clipped"] == 1
 
 
-def test_a_reply_that_is_no_ensemble_of_the_request_becomes_an_error(flower_log):
+def test_a_reply_of_another_shape_becomes_an_error(flower_log):
     class Odd(NumPyClient):
         def fit(self, parameters, config):
             return [parameters[0][:1]], 1, {}
@@ -303,7 +323,8 @@ def test_the_noise_has_the_deviation_of_the_gaussian_mechanism():
 
 
 def test_every_value_of_every_clone_is_noised_by_itself():
-    size, scale = 40_000, LocalDpClones(**DP).standard_deviation(2)
+    size = 40_000
+    scale = LocalDpClones(**DP).standard_deviation(2)
 
     class Wide(NumPyClient):
         def fit(self, parameters, config):
@@ -323,7 +344,7 @@ def test_every_value_of_every_clone_is_noised_by_itself():
     assert dict(reply.content["metrics"]) == {"num-examples": 1}
 
 
-def test_by_default_nobody_can_draw_the_same_noise_again():
+def test_the_default_noise_differs_in_every_call():
     first, second = (moved(LocalDpClones(**DP), (0, 0, 0))[0]["w"] for _ in range(2))
     assert not np.array_equal(first, second)
 
@@ -349,7 +370,9 @@ def test_a_number_out_of_range_is_refused(change, message):
 
 def test_the_norm_can_follow_a_quantile_of_the_clones():
     """Andrew et al. 2021: C <- C exp(-rate (share unclipped - quantile)), from on_round."""
-    core, settings, norms = small_core(), ConfigRecord({"clipping_norm": 0.5}), []
+    core = small_core()
+    settings = ConfigRecord({"clipping_norm": 0.5})
+    norms = []
 
     def adapt(row):
         norms.append(settings["clipping_norm"])
@@ -364,7 +387,7 @@ def test_the_norm_can_follow_a_quantile_of_the_clones():
     assert norms == pytest.approx([0.5, 0.5 * math.exp(0.25), 0.5 * math.exp(0.5)])
 
 
-def test_a_mod_of_ones_own_sees_what_it_would_without_us():
+def test_a_users_own_mod_is_not_changed():
     def double(message, context, call_next):
         reply = call_next(message, context)
         reply.content["metrics"] = MetricRecord({"num-examples": 7})
@@ -375,9 +398,10 @@ def test_a_mod_of_ones_own_sees_what_it_would_without_us():
 
 
 def test_flowers_noise_on_the_server_does_not_reach_the_core():
-    """What docs/drop_in.md warns of: the wrapper noises what it returns, the core is elsewhere."""
+    """The wrapper adds noise to the arrays that it returns, as docs/drop_in.md warns."""
     core = small_core()
-    strategy, grid = ClonedKD(core, num_clones=2), FakeGrid([app(ClipClones())] * 2)
+    strategy = ClonedKD(core, num_clones=2)
+    grid = FakeGrid([app(ClipClones())] * 2)
     wrapper = DifferentialPrivacyClientSideFixedClipping(
         strategy, noise_multiplier=0.1, clipping_norm=1.0, num_sampled_clients=1
     )
@@ -415,8 +439,8 @@ server = ServerApp()
 @server.main()
 def main(grid, context):
     core = small_core()
-    tell = lambda row: print("edge", row["edge"], row["accepted"], row["cause"])
-    strategy = ClonedKD(core, num_clones=2, on_round=tell)
+    show = lambda row: print("edge", row["edge"], row["accepted"], row["cause"])
+    strategy = ClonedKD(core, num_clones=2, on_round=show)
     strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=3, timeout=120)
 
 if __name__ == "__main__":

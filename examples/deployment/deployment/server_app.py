@@ -1,4 +1,4 @@
-"""The core: learns from every SuperNode once, and goes on where it was if it was killed."""
+"""The core: learns from every SuperNode once, and resumes from its checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
-    num_edges, seed = int(config["num-edges"]), int(config["seed"])
+    num_edges = int(config["num-edges"])
+    seed = int(config["seed"])
     core = Core(
         model=digits_cnn(seed=seed),
         dataset=part(0, num_edges, seed),
@@ -50,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _appender(results: Path | None) -> Callable[[dict[str, Any]], None] | None:
-    """Write one line a round, at once: what a killed ServerApp saw stays."""
+    """Append one line a round at once, so that the rounds of a killed ServerApp stay."""
     if results is None:
         return None
     results.mkdir(parents=True, exist_ok=True)
