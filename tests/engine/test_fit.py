@@ -22,7 +22,7 @@ from flwr_cloned_kd import (
     shuffle_labels,
 )
 from flwr_cloned_kd.engine.ensemble import seeded
-from flwr_cloned_kd.engine.fit import forward
+from flwr_cloned_kd.engine.fit import Predictor
 from tests.helpers import reference
 from tests.helpers.reference import ROUNDING, cnn, distance, few, images, mlp, same_bits, snapshot
 
@@ -429,9 +429,10 @@ def test_predictions_do_not_depend_on_their_batches():
 
 @pytest.mark.parametrize("num_clones", [1, 2])
 @paths
-def test_forward_needs_no_gradient(runtime, num_clones):
+def test_a_prediction_needs_no_gradient(runtime, num_clones):
     model = mlp()
-    assert not forward(model, clone(model.state_dict(), num_clones), runtime)(DATA[0]).requires_grad
+    logits_of = Predictor(model, clone(model.state_dict(), num_clones), runtime)
+    assert not logits_of(DATA[0]).requires_grad
 
 
 def test_accuracy_by_hand():

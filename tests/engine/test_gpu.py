@@ -1,6 +1,6 @@
 """What runs on a GPU equals what runs on the CPU, and a recorded step equals a plain one.
 
-Not part of CI, which has no GPU: `python -m pytest -m gpu tests/test_gpu.py`.
+Not part of CI, which has no GPU: `python -m pytest -m gpu tests/engine/test_gpu.py`.
 """
 
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_the_targets_of_a_gpu_equal_those_of_the_cpu():
             RECIPE,
             view_seed=1,
             temperature=4.0,
-            most_bytes=2**20,
+            max_bytes=2**20,
             runtime=runtime,
         )
         device = runtime.target

@@ -1,4 +1,5 @@
 import copy
+import doctest
 from dataclasses import replace
 from functools import cache
 
@@ -27,6 +28,7 @@ from flwr_cloned_kd import (
     train_edge,
 )
 from flwr_cloned_kd.engine.ensemble import mean, seeded
+from flwr_cloned_kd.method import core as core_module
 from flwr_cloned_kd.method.core import _student_start
 from tests.helpers import reference
 from tests.helpers.reference import ROUNDING, cnn, distance, few, images, mlp, same_bits, snapshot
@@ -467,6 +469,11 @@ def test_an_edge_trains_clones_of_what_it_was_sent():
     for e in range(2):
         expected = reference.train(mlp(), params, DATA, RECIPE, seed=9, clone=e)
         assert distance(member(edge, e), expected) < ROUNDING
+
+
+def test_the_example_of_the_docstring_runs():
+    failed, attempted = doctest.testmod(core_module)
+    assert (failed, attempted > 5) == (0, True)
 
 
 def test_every_round_has_an_edge_seed_of_its_own():

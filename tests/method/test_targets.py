@@ -18,10 +18,10 @@ from flwr_cloned_kd import (
     train_edge,
 )
 from flwr_cloned_kd.engine.ensemble import seeded
-from flwr_cloned_kd.engine.fit import epoch_views
+from flwr_cloned_kd.engine.fit import Predictor, epoch_views
 from flwr_cloned_kd.engine.losses import Batch
-from flwr_cloned_kd.method import targets as teachers
-from flwr_cloned_kd.method.targets import TargetBank, weighted
+from flwr_cloned_kd.method import targets
+from flwr_cloned_kd.method.targets import TargetBank, TargetCache, weighted_sum
 from tests.helpers import reference
 from tests.helpers.reference import ROUNDING, cnn, distance, images, mlp, same_bits, snapshot
 
@@ -106,7 +106,7 @@ def twin_rounds(core, edges, **options):
     return params
 
 
-def bank_of(ensemble, recipe=RECIPE, *, most_bytes=2**20, model=None, runtime=None, selection=None):
+def bank_of(ensemble, recipe=RECIPE, *, max_bytes=2**20, model=None, runtime=None, selection=None):
     return TargetBank(
         mlp() if model is None else model,
         ensemble,
@@ -114,7 +114,7 @@ def bank_of(ensemble, recipe=RECIPE, *, most_bytes=2**20, model=None, runtime=No
         recipe,
         view_seed=VIEW_SEED,
         temperature=TEMPERATURE,
-        most_bytes=most_bytes,
+        max_bytes=max_bytes,
         selection=selection,
         runtime=Runtime(device="cpu") if runtime is None else runtime,
     )
@@ -141,20 +141,19 @@ def target_by_hand(ensemble, inputs, build=mlp):
 @pytest.fixture
 def forwards(monkeypatch):
     """Count the samples that each ensemble is shown as a teacher: id of the ensemble -> sizes."""
-    seen = {}
-    original = teachers.forward
+    sizes = {}
 
-    def forward(model, ensemble, runtime, **options):
-        call = original(model, ensemble, runtime, **options)
+    class Counting(Predictor):
+        def __init__(self, model, ensemble, runtime, **options):
+            super().__init__(model, ensemble, runtime, **options)
+            self.sizes = sizes.setdefault(id(ensemble), [])
 
-        def counting(inputs):
-            seen.setdefault(id(ensemble), []).append(len(inputs))
-            return call(inputs)
+        def __call__(self, inputs):
+            self.sizes.append(len(inputs))
+            return super().__call__(inputs)
 
-        return counting
-
-    monkeypatch.setattr(teachers, "forward", forward)
-    return seen
+    monkeypatch.setattr(targets, "Predictor", Counting)
+    return sizes
 
 
 @augmentations
@@ -162,8 +161,8 @@ def forwards(monkeypatch):
 def test_kept_targets_are_what_the_teachers_say_of_every_batch(augment, build):
     ensemble, recipe = ensemble_of(2, build=build), replace(RECIPE, augment=augment)
     bank = bank_of(ensemble, recipe, model=build())
-    for epoch in [0, 1, 2, 0]:  # the last one, in a later round, with other batches
-        for batch in batches_of(recipe, epoch, seed=len(bank._kept)):
+    for seed, epoch in enumerate([0, 1, 2, 0]):  # the last in a later round, with other batches
+        for batch in batches_of(recipe, epoch, seed=seed):
             found = bank(batch)
             assert found.dtype == torch.float32
             assert not found.requires_grad
@@ -239,11 +238,11 @@ def test_weights_apply_to_kept_targets_not_once_and_for_all():
 
 def test_weighted_targets_by_hand():
     # 0.5 (0.2, 0.8) + 2 (0.6, 0.4) = (1.3, 1.2), and what the teachers returned stays theirs.
-    said = [torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])]
-    targets = weighted([lambda batch: said[0], lambda batch: said[1]], [0.5, 2.0])
+    returned = [torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])]
+    target = weighted_sum([lambda batch: returned[0], lambda batch: returned[1]], [0.5, 2.0])
     for _ in range(2):
-        assert targets(None).flatten().tolist() == pytest.approx([1.3, 1.2])
-    assert said[0].tolist() == [pytest.approx([0.2, 0.8])]
+        assert target(None).flatten().tolist() == pytest.approx([1.3, 1.2])
+    assert returned[0].tolist() == [pytest.approx([0.2, 0.8])]
 
 
 def test_the_targets_of_an_epoch_follow_the_views_of_that_epoch():
@@ -264,10 +263,10 @@ def test_an_ensemble_is_run_once_in_its_life_in_the_memory(forwards, augment, ep
     core = core_of(recipe=replace(RECIPE, augment=augment), memory_size=3)
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(6)]
     state = start_of(core)
-    for met, edge in enumerate(edges, start=1):
+    for num_edges, edge in enumerate(edges, start=1):
         state, _ = core.distill(state, edge)
         # Two samples tell how large a target is; then all 22 samples, once per view of theirs.
-        expected = {id(e): [2] + [22] * epochs_shown for e in edges[:met]}
+        expected = {id(e): [2] + [22] * epochs_shown for e in edges[:num_edges]}
         assert forwards == expected
 
 
@@ -286,7 +285,7 @@ def test_teachers_of_an_arbitrary_augmentation_see_every_batch_and_keep_nothing(
     (edge,) = edges = [ensemble_of(2)]
     rounds(core, edges)
     assert Counter(forwards[id(edge)]) == {8: 6, 6: 3}
-    assert [bank.num_bytes for bank in core._banks] == [0]
+    assert core.target_cache.num_bytes == 0
 
 
 def test_the_core_as_a_teacher_is_run_once_a_round(forwards):
@@ -303,17 +302,17 @@ def test_a_budget_for_some_epochs_keeps_these_and_runs_the_teachers_for_the_rest
     forwards, num_kept, extra
 ):
     ensemble = ensemble_of(2)
-    most_bytes = num_kept * EPOCH_BYTES + extra
-    bank = bank_of(ensemble, most_bytes=most_bytes)
+    max_bytes = num_kept * EPOCH_BYTES + extra
+    bank = bank_of(ensemble, max_bytes=max_bytes)
     for _ in range(2):  # rounds
         for epoch in range(3):
             for batch in batches_of(RECIPE, epoch):
                 found = bank(batch)
                 assert (found - target_by_hand(ensemble, batch.inputs)).abs().max() < 1e-6
-                assert bank.num_bytes <= most_bytes
+                assert bank.num_bytes <= max_bytes
     assert bank.num_bytes == num_kept * EPOCH_BYTES
-    rest = 2 * (3 - num_kept)  # epochs in two rounds
-    expected = Counter({22: num_kept, 2: 1, 8: 2 * rest, 6: rest})
+    num_other = 2 * (3 - num_kept)  # epochs in two rounds
+    expected = Counter({22: num_kept, 2: 1, 8: 2 * num_other, 6: num_other})
     assert Counter(forwards[id(ensemble)]) == +expected
 
 
@@ -328,7 +327,7 @@ def test_the_banks_of_a_core_share_its_budget(core_as_teacher, share):
     )
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(4)]
     found = rounds(core, edges).params
-    assert [bank.num_bytes for bank in core._banks] == [EPOCH_BYTES] * 3
+    assert core.target_cache.num_bytes == 3 * EPOCH_BYTES
     assert distance(found, twin_rounds(core, edges)) < 4 * ROUNDING
     tighter = core_of(
         memory_size=3,
@@ -336,55 +335,103 @@ def test_the_banks_of_a_core_share_its_budget(core_as_teacher, share):
         runtime=Runtime(device="cpu", target_bytes=share * EPOCH_BYTES - 1),
     )
     rounds(tighter, edges[:1])
-    assert [bank.num_bytes for bank in tighter._banks] == [0]
+    assert tighter.target_cache.num_bytes == 0
 
 
-def collected(refs):
+def released(refs):
     gc.collect()
     return [ref() is None for ref in refs]
 
 
-def test_the_bank_of_an_ensemble_that_left_the_memory_is_let_go():
+# A bank holds its ensemble: as long as the bank lives, so does a weight of the ensemble.
+def weight_of(edge):
+    return weakref.ref(edge["1.weight"])
+
+
+def test_an_ensemble_that_left_the_memory_is_released_with_its_targets():
     core = core_of(memory_size=2)
-    state, banks, weights = start_of(core), [], []
+    state = start_of(core)
+    weights = []
     for index in range(4):
         edge = ensemble_of(2, first=10 * (1 + index))
-        weights.append(weakref.ref(edge["1.weight"]))
+        weights.append(weight_of(edge))
         state, _ = core.distill(state, edge)
         del edge
-        banks.append(weakref.ref(core._banks[-1]))
-    assert collected(banks) == [True, True, False, False]
-    assert collected(weights) == [True, True, False, False]
-    assert len(core._banks) == 2
+        assert core.target_cache.num_bytes == min(index + 1, 2) * 3 * EPOCH_BYTES
+    assert released(weights) == [True, True, False, False]
 
 
-def test_the_bank_of_a_refused_edge_is_let_go_when_the_next_one_comes():
-    refuse = [False, True, False]
-    core = core_of(memory_size=3, guard=lambda history, found: refuse.pop(0))
-    state, _ = core.distill(start_of(core), ensemble_of(2, first=10))
-    kept = core._banks[0]
+def test_a_refused_edge_is_released_when_the_next_one_comes(forwards):
+    answers = [False, True, False]
+    core = core_of(memory_size=3, guard=lambda history, accuracy: answers.pop(0))
+    first = ensemble_of(2, first=10)
+    state, _ = core.distill(start_of(core), first)
+    num_forwards = len(forwards[id(first)])
     edge = ensemble_of(2, first=20)
-    refused_weight = weakref.ref(edge["1.weight"])
+    refused_weight = weight_of(edge)
     same, _ = core.distill(state, edge)
     assert same is state
-    refused = weakref.ref(core._banks[-1])
     del edge
     new, _ = core.distill(state, ensemble_of(2, first=30))
-    assert collected([refused, refused_weight]) == [True, True]
-    assert len(core._banks) == len(new.memory) == 2
-    assert core._banks[0] is kept
+    assert released([refused_weight]) == [True]
+    assert len(new.memory) == 2
+    assert core.target_cache.num_bytes == 2 * 3 * EPOCH_BYTES
+    assert len(forwards[id(first)]) == num_forwards  # its targets were kept all the time
 
 
-def test_the_bank_of_an_edge_that_spoils_the_core_is_let_go_when_the_next_one_comes():
+def test_an_edge_that_spoils_the_core_is_released_when_the_next_one_comes():
     core = core_of(memory_size=3)
     edge = ensemble_of(2)
+    spoiled = weight_of(edge)
     state = replace(start_of(core), params={n: t + 0 for n, t in mlp().state_dict().items()})
     state.params["5.bias"][0] = float("inf")
     with pytest.raises(ValueError, match="core after distillation"):
         core.distill(state, edge)
-    spoiled = weakref.ref(core._banks[-1])
+    del edge
     core.distill(start_of(core), ensemble_of(2, first=20))
-    assert collected([spoiled]) == [True]
+    assert released([spoiled]) == [True]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guard": lambda history, accuracy: False},
+        {"held_out": images(9)},
+        {"recipe": replace(RECIPE, lr=0.01)},
+    ],
+    ids=["guard", "held-out data", "Phase 0"],
+)
+def test_a_replaced_core_keeps_the_targets_that_do_not_change(forwards, change):
+    core = core_of(memory_size=2)
+    first, second = (ensemble_of(2, first=first) for first in (10, 20))
+    state, _ = core.distill(start_of(core), first)
+    num_forwards = len(forwards[id(first)])
+    found, _ = replace(core, **change).distill(state, second)
+    assert len(forwards[id(first)]) == num_forwards
+    assert same_bits(found.params, rounds(core_of(memory_size=2), [first, second]).params)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": mlp(nn.Sigmoid())},
+        {"dataset": images(22, seed=5)},
+        {"distillation": Distillation(recipe=RECIPE, temperature=2.0, memory_size=2)},
+        {"seed": 2**40},
+        {"runtime": Runtime(device="cpu", bf16=True)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_replaced_core_computes_the_targets_that_change_again(change):
+    edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
+    core = core_of(memory_size=2)
+    state, _ = core.distill(start_of(core), edges[0])
+    other = replace(core, **change)
+    anew = replace(core, **change, target_cache=TargetCache())
+    found, _ = other.distill(state, edges[1])
+    expected, _ = anew.distill(state, edges[1])
+    assert same_bits(found.params, expected.params)
+    assert distance(found.params, rounds(core, edges[1:], state).params) > 1e-6
 
 
 def tensor_bytes():
@@ -404,7 +451,7 @@ def test_memory_does_not_grow_with_the_rounds():
     for index in range(8):
         state, _ = core.distill(state, ensemble_of(2, first=10 * (1 + index)))
         after.append(tensor_bytes())
-        assert sum(bank.num_bytes for bank in core._banks) == min(index + 1, 3) * 3 * EPOCH_BYTES
+        assert core.target_cache.num_bytes == min(index + 1, 3) * 3 * EPOCH_BYTES
     assert after[0] < after[1] < after[2]  # the memory fills, and that shows here
     assert len(set(after[2:])) == 1
 
@@ -412,17 +459,17 @@ def test_memory_does_not_grow_with_the_rounds():
 def test_half_precision_targets_are_those_of_the_bfloat16_model_rounded_once():
     ensemble, runtime = ensemble_of(2), Runtime(device="cpu", bf16=True)
     bank = bank_of(ensemble, runtime=runtime)
-    anew = bank_of(ensemble, most_bytes=0, runtime=runtime)
+    anew = bank_of(ensemble, max_bytes=0, runtime=runtime)
     exact = bank_of(ensemble)
     for epoch in range(3):
         views = epoch_views(RECIPE.augment, 22, VIEW_SEED, epoch)
         x = RECIPE.augment.view(DATA[0], views)
         batch = Batch(x, DATA[1], torch.arange(22), epoch)
-        found, said = bank(batch), anew(batch)
-        assert found.dtype == said.dtype == torch.float32
+        found, expected = bank(batch), anew(batch)
+        assert found.dtype == expected.dtype == torch.float32
         # float16 has 11 bits: half a unit in the last place is 2^-12 for numbers in [1/2, 1) and
         # less below. Targets are probabilities.
-        assert 0 < (found - said).abs().max() <= 2**-12
+        assert 0 < (found - expected).abs().max() <= 2**-12
         # bfloat16 keeps 8 bits, 0.4 %: of logits of a few units over a temperature of 4.
         assert 0 < (found - exact(batch)).abs().max() < 0.01
     assert bank.num_bytes == 3 * EPOCH_BYTES // 2
@@ -501,33 +548,33 @@ def test_histories_that_take_turns_do_not_disturb_each_other():
     assert same_bits(right.params, expected[1])
 
 
-class Interrupted(list):
-    """Banks that are set by somebody else in the moment after they were set."""
+class Interrupted(TargetCache):
+    """A cache that another thread uses in the moment after it was set."""
 
-    def __init__(self, *interruptions):
-        super().__init__()
-        self._interruptions = list(interruptions)
+    interruptions = ()
 
-    def __setitem__(self, index, banks):
-        super().__setitem__(index, banks)
-        while self._interruptions:
-            self._interruptions.pop()()
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        interruptions, Interrupted.interruptions = Interrupted.interruptions, ()
+        for interrupt in interruptions:
+            interrupt()
 
 
-def test_a_core_that_two_threads_use_at_once_does_not_mix_up_their_teachers():
+def test_two_threads_that_share_a_core_do_not_mix_up_their_teachers():
     first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
-    core = core_of()
+    core = replace(core_of(), target_cache=Interrupted())
     expected = rounds(core_of(), [first]).params
-    banks = Interrupted(lambda: rounds(core, [second]))
-    object.__setattr__(core, "_banks", banks)
+    interrupted = []
+    Interrupted.interruptions = (lambda: interrupted.append(rounds(core, [second])),)
     assert same_bits(rounds(core, [first]).params, expected)
+    assert len(interrupted) == 1
 
 
 def test_a_phase_that_stops_early_keeps_the_epochs_it_saw(forwards):
     core = core_of(recipe=replace(RECIPE, stop=lambda history: len(history) == 2), memory_size=2)
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
     found = rounds(core, edges)
-    assert [bank.num_bytes for bank in core._banks] == [2 * EPOCH_BYTES] * 2
+    assert core.target_cache.num_bytes == 2 * 2 * EPOCH_BYTES
     assert forwards == {id(edge): [2, 22, 22] for edge in edges}
     assert distance(found.params, twin_rounds(core, edges)) < 2 * ROUNDING
 
@@ -536,13 +583,13 @@ def test_data_larger_than_a_forward_pass_is_split(forwards):
     x, y = images(300)
     ensemble = ensemble_of(2)
     bank = TargetBank(
-        mlp(), ensemble, (x, y), RECIPE, view_seed=1, temperature=TEMPERATURE, most_bytes=2**20
+        mlp(), ensemble, (x, y), RECIPE, view_seed=1, temperature=TEMPERATURE, max_bytes=2**20
     )
     rows = torch.tensor([299, 0, 128, 127])
     views = epoch_views(RECIPE.augment, 300, 1, 2)
-    seen = RECIPE.augment.view(x, views)[rows]
-    found = bank(Batch(seen, y[rows], rows, 2))
-    assert (found - target_by_hand(ensemble, seen)).abs().max() < 1e-6
+    inputs = RECIPE.augment.view(x, views)[rows]
+    found = bank(Batch(inputs, y[rows], rows, 2))
+    assert (found - target_by_hand(ensemble, inputs)).abs().max() < 1e-6
     assert forwards[id(ensemble)] == [2, 128, 128, 44]
 
 
