@@ -51,7 +51,7 @@ def test_a_depth_of_another_form_is_refused(depth):
         resnet(depth, 10)
 
 
-def test_the_shortcut_thins_the_image_and_pads_the_channels_with_zeros():
+def test_the_shortcut_samples_pixels_and_pads_channels_with_zeros():
     block = resnet(8, 3, width=4).blocks[1].eval()
     with torch.no_grad():
         block.conv1.weight.zero_()
@@ -92,7 +92,7 @@ def test_the_seed_alone_determines_the_weights():
     assert not torch.equal(digits_cnn(seed=4).state_dict()["conv.weight"], first["conv.weight"])
 
 
-def test_drawing_weights_leaves_the_model_and_the_global_generator_as_they_were():
+def test_initialising_changes_neither_model_nor_global_generator():
     model = digits_cnn(seed=0)
     before, state = snapshot(model.state_dict()), torch.get_rng_state()
     fresh = initialise(model, 1)

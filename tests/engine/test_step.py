@@ -103,8 +103,8 @@ def both_ways(run):
     """Return the result of `run` with plain steps, with recorded steps, and the counts."""
     plain = run()
     with recording() as counts:
-        found = run()
-    return plain, found, counts
+        actual = run()
+    return plain, actual, counts
 
 
 def trained(model, recipe=RECIPE, *, num_clones=3, runtime=ONE_BY_ONE, **options):
@@ -128,19 +128,19 @@ def trained(model, recipe=RECIPE, *, num_clones=3, runtime=ONE_BY_ONE, **options
 )
 def test_a_recorded_step_trains_to_the_same_bits(build, runtime, change):
     recipe = replace(RECIPE, **change)
-    plain, found, counts = both_ways(lambda: trained(build(), recipe, runtime=runtime))
-    assert same_bits(found, plain)
+    plain, actual, counts = both_ways(lambda: trained(build(), recipe, runtime=runtime))
+    assert same_bits(actual, plain)
     assert counts.records == 1
-    assert distance(found, clone(build().state_dict(), 3)) > 0.1
+    assert distance(actual, clone(build().state_dict(), 3)) > 0.1
 
 
 def test_a_recorded_step_ends_where_the_slow_twin_does():
     recipe = replace(RECIPE, proximal_mu=0.1, label_noise=shuffle_labels)
     with recording():
-        found = trained(mlp(), recipe)
+        actual = trained(mlp(), recipe)
     for e in range(3):
         expected = train(mlp(), mlp().state_dict(), DATA, recipe, seed=6, clone=e)
-        assert distance(member(found, e), expected) < ROUNDING
+        assert distance(member(actual, e), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 4])
@@ -163,8 +163,8 @@ def test_data_smaller_than_a_batch_is_a_batch_of_full_size():
     def run():
         return trained(mlp(), replace(RECIPE, epochs=6, batch_size=100))
 
-    plain, found, counts = both_ways(run)
-    assert same_bits(found, plain)
+    plain, actual, counts = both_ways(run)
+    assert same_bits(actual, plain)
     assert (counts.sizes, counts.warm_ups, counts.replays) == ([38] * 6, 3, 3)
 
 
@@ -189,9 +189,9 @@ def test_targets_of_teachers_are_copied_for_every_replay():
     def run():
         return trained(mlp(), loss=distillation(4.0), targets=targets)
 
-    plain, found, _ = both_ways(run)
-    assert same_bits(found, plain)
-    assert distance(found, trained(mlp())) > 1e-2
+    plain, actual, _ = both_ways(run)
+    assert same_bits(actual, plain)
+    assert distance(actual, trained(mlp())) > 1e-2
 
 
 def test_a_recorded_round_gives_the_core_the_same_bits():
@@ -214,8 +214,8 @@ def test_a_recorded_round_gives_the_core_the_same_bits():
             state, _ = core.distill(state, edge)
         return state.params
 
-    plain, found, counts = both_ways(run)
-    assert same_bits(found, plain)
+    plain, actual, counts = both_ways(run)
+    assert same_bits(actual, plain)
     assert counts.records == 2  # one per round: a recording is of one student's tensors
 
 
@@ -229,15 +229,15 @@ def test_the_history_reads_each_outcome_before_it_is_overwritten():
 
         return trained(mlp(), replace(RECIPE, stop=stop))
 
-    plain, found, _ = both_ways(run)
-    assert same_bits(found, plain)
+    plain, actual, _ = both_ways(run)
+    assert same_bits(actual, plain)
     assert seen[3:] == seen[:3]
     assert len({epoch.loss for epoch in seen[2]}) == 3
 
 
 def test_dropout_draws_anew_when_replayed():
-    plain, found, _ = both_ways(lambda: trained(mlp(nn.Dropout(0.5))))
-    assert same_bits(found, plain)
+    plain, actual, _ = both_ways(lambda: trained(mlp(nn.Dropout(0.5))))
+    assert same_bits(actual, plain)
 
 
 def test_the_same_seed_gives_the_same_bits_when_recorded():

@@ -21,7 +21,7 @@ masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=5
 
 @few
 @given(pairs=masks)
-def test_consensus_and_regions_are_fractions_and_the_regions_do_not_overlap(pairs):
+def test_consensus_and_disjoint_regions_are_fractions(pairs):
     student, teacher = torch.tensor(pairs).T
     venn = Venn.of(student, teacher)
     regions = (venn.student_only, venn.both, venn.teacher_only)

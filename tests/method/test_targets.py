@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from flwr_cloned_kd import (
-    Core,
     CoreState,
     CropAndFlip,
     Distillation,
@@ -23,6 +22,7 @@ from flwr_cloned_kd.engine.losses import Batch
 from flwr_cloned_kd.method import targets
 from flwr_cloned_kd.method.targets import TargetBank, TargetCache, weighted_sum
 from tests.helpers import reference
+from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, cnn, distance, images, mlp, same_bits, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,19 +66,16 @@ def ensemble_of(num_clones, *, build=mlp, first=10):
     return {name: torch.stack([model[name] for model in params]) for name in params[0]}
 
 
-def core_of(model=None, *, recipe=RECIPE, runtime=None, guard=None, seed=3, **how):
-    return Core(
-        model=mlp() if model is None else model,
-        dataset=DATA,
-        distillation=Distillation(recipe=recipe, temperature=TEMPERATURE, **how),
+def core_of(model=None, *, recipe=RECIPE, runtime=None, guard=None, seed=3, **distillation):
+    return make_core(
+        DATA,
+        recipe,
+        model,
+        distillation={"temperature": TEMPERATURE, **distillation},
         runtime=Runtime(device="cpu") if runtime is None else runtime,
         guard=guard,
         seed=seed,
     )
-
-
-def start_of(core):
-    return CoreState(snapshot(core.model.state_dict()))
 
 
 def rounds(core, edges, state=None):
@@ -158,32 +155,32 @@ def forwards(monkeypatch):
 
 @augmentations
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
-def test_kept_targets_are_what_the_teachers_say_of_every_batch(augment, build):
+def test_kept_targets_equal_the_predictions_of_the_teachers(augment, build):
     ensemble, recipe = ensemble_of(2, build=build), replace(RECIPE, augment=augment)
     bank = bank_of(ensemble, recipe, model=build())
     for seed, epoch in enumerate([0, 1, 2, 0]):  # the last in a later round, with other batches
         for batch in batches_of(recipe, epoch, seed=seed):
-            found = bank(batch)
-            assert found.dtype == torch.float32
-            assert not found.requires_grad
+            actual = bank(batch)
+            assert actual.dtype == torch.float32
+            assert not actual.requires_grad
             expected = target_by_hand(ensemble, batch.inputs, build)
             # Targets are below 1 and one pass, not 20 steps, makes them: a few roundings of 6e-8.
-            assert (found - expected).abs().max() < 1e-6
+            assert (actual - expected).abs().max() < 1e-6
 
 
 @augmentations
 @pytest.mark.parametrize("target_bytes", [2**30, 0], ids=["kept", "recomputed"])
-def test_a_core_with_a_bank_ends_where_every_teacher_is_run_at_every_step(augment, target_bytes):
+def test_a_core_with_banks_equals_teachers_run_at_every_step(augment, target_bytes):
     core = core_of(
         recipe=replace(RECIPE, augment=augment),
         memory_size=2,
         runtime=Runtime(device="cpu", target_bytes=target_bytes),
     )
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(3)]
-    found = rounds(core, edges).params
+    actual = rounds(core, edges).params
     expected = twin_rounds(core, edges)
-    assert distance(found, expected) < 3 * ROUNDING  # three rounds, each of 9 steps
-    assert distance(found, core.model.state_dict()) > 0.1
+    assert distance(actual, expected) < 3 * ROUNDING  # three rounds, each of 9 steps
+    assert distance(actual, core.model.state_dict()) > 0.1
 
 
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
@@ -196,7 +193,7 @@ def test_the_bank_is_exact_on_both_paths(build, batch_clones):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {"mean_over_memory": True},
         {"core_as_teacher": True},
@@ -205,19 +202,19 @@ def test_the_bank_is_exact_on_both_paths(build, batch_clones):
     ids=["mean", "core", "both, as printed"],
 )
 @pytest.mark.parametrize("target_bytes", [2**30, 0], ids=["kept", "recomputed"])
-def test_options_of_the_memory_mean_the_same_with_a_bank(how, target_bytes):
+def test_options_of_the_memory_mean_the_same_with_a_bank(options, target_bytes):
     runtime = Runtime(device="cpu", target_bytes=target_bytes)
-    core = core_of(memory_size=2, runtime=runtime, **how)
+    core = core_of(memory_size=2, runtime=runtime, **options)
     edges = [ensemble_of(1 + index, first=10 * (1 + index)) for index in range(3)]
-    found = rounds(core, edges).params
-    assert distance(found, twin_rounds(core, edges)) < 3 * ROUNDING
+    actual = rounds(core, edges).params
+    assert distance(actual, twin_rounds(core, edges)) < 3 * ROUNDING
     plain = core_of(memory_size=2, runtime=runtime)
-    assert distance(found, rounds(plain, edges).params) > 1e-2
+    assert distance(actual, rounds(plain, edges).params) > 1e-2
 
 
 def test_weights_apply_to_kept_targets_not_once_and_for_all():
     # The same ensemble teaches with weight 0.5 in its first round and, as the state says, with 2
-    # in the second: the bank must hold what it says, not how much that counts.
+    # in the second: the bank must hold what it says, not options much that counts.
     core = core_of(memory_size=2)
     first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
     state, _ = core.distill(start_of(core), first, weight=0.5)
@@ -252,8 +249,8 @@ def test_the_targets_of_an_epoch_follow_the_views_of_that_epoch():
     assert not torch.equal(drawn[0], drawn[1])
     for epoch, views in enumerate(drawn):
         x = RECIPE.augment.view(DATA[0], views)
-        found = bank(Batch(x, DATA[1], every, epoch))
-        assert (found - target_by_hand(ensemble, x)).abs().max() < 1e-6
+        actual = bank(Batch(x, DATA[1], every, epoch))
+        assert (actual - target_by_hand(ensemble, x)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -265,22 +262,22 @@ def test_an_ensemble_is_run_once_in_its_life_in_the_memory(forwards, augment, ep
     state = start_of(core)
     for num_edges, edge in enumerate(edges, start=1):
         state, _ = core.distill(state, edge)
-        # Two samples tell how large a target is; then all 22 samples, once per view of theirs.
+        # Two samples tell options large a target is; then all 22 samples, once per view of theirs.
         expected = {id(e): [2] + [22] * epochs_shown for e in edges[:num_edges]}
         assert forwards == expected
 
 
-def test_teachers_that_keep_nothing_see_every_batch_of_every_round(forwards):
+def test_without_a_budget_teachers_run_on_every_batch(forwards):
     core = core_of(memory_size=2, runtime=Runtime(device="cpu", target_bytes=0))
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(3)]
     rounds(core, edges)
-    # Two samples tell how large a target is, once; then three epochs of 8 + 8 + 6, in two rounds
+    # Two samples measure the size of a target, once; then three epochs of 8 + 8 + 6, in two rounds
     # for all but the last ensemble.
     shown = [Counter(forwards[id(edge)]) for edge in edges]
     assert shown == [{2: 1, 8: 12, 6: 6}] * 2 + [{2: 1, 8: 6, 6: 3}]
 
 
-def test_teachers_of_an_arbitrary_augmentation_see_every_batch_and_keep_nothing(forwards):
+def test_an_arbitrary_augmentation_keeps_no_targets(forwards):
     core = core_of(recipe=replace(RECIPE, augment=jitter), memory_size=1)
     (edge,) = edges = [ensemble_of(2)]
     rounds(core, edges)
@@ -298,17 +295,15 @@ def test_the_core_as_a_teacher_is_run_once_a_round(forwards):
 
 @pytest.mark.parametrize("extra", [0, 1, EPOCH_BYTES - 1])
 @pytest.mark.parametrize("num_kept", [0, 1, 2])
-def test_a_budget_for_some_epochs_keeps_these_and_runs_the_teachers_for_the_rest(
-    forwards, num_kept, extra
-):
+def test_a_budget_for_some_epochs_keeps_only_their_targets(forwards, num_kept, extra):
     ensemble = ensemble_of(2)
     max_bytes = num_kept * EPOCH_BYTES + extra
     bank = bank_of(ensemble, max_bytes=max_bytes)
     for _ in range(2):  # rounds
         for epoch in range(3):
             for batch in batches_of(RECIPE, epoch):
-                found = bank(batch)
-                assert (found - target_by_hand(ensemble, batch.inputs)).abs().max() < 1e-6
+                actual = bank(batch)
+                assert (actual - target_by_hand(ensemble, batch.inputs)).abs().max() < 1e-6
                 assert bank.num_bytes <= max_bytes
     assert bank.num_bytes == num_kept * EPOCH_BYTES
     num_other = 2 * (3 - num_kept)  # epochs in two rounds
@@ -326,9 +321,9 @@ def test_the_banks_of_a_core_share_its_budget(core_as_teacher, share):
         runtime=Runtime(device="cpu", target_bytes=target_bytes),
     )
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(4)]
-    found = rounds(core, edges).params
+    actual = rounds(core, edges).params
     assert core.target_cache.num_bytes == 3 * EPOCH_BYTES
-    assert distance(found, twin_rounds(core, edges)) < 4 * ROUNDING
+    assert distance(actual, twin_rounds(core, edges)) < 4 * ROUNDING
     tighter = core_of(
         memory_size=3,
         core_as_teacher=core_as_teacher,
@@ -406,9 +401,9 @@ def test_a_replaced_core_keeps_the_targets_that_do_not_change(forwards, change):
     first, second = (ensemble_of(2, first=first) for first in (10, 20))
     state, _ = core.distill(start_of(core), first)
     num_forwards = len(forwards[id(first)])
-    found, _ = replace(core, **change).distill(state, second)
+    actual, _ = replace(core, **change).distill(state, second)
     assert len(forwards[id(first)]) == num_forwards
-    assert same_bits(found.params, rounds(core_of(memory_size=2), [first, second]).params)
+    assert same_bits(actual.params, rounds(core_of(memory_size=2), [first, second]).params)
 
 
 @pytest.mark.parametrize(
@@ -428,10 +423,10 @@ def test_a_replaced_core_computes_the_targets_that_change_again(change):
     state, _ = core.distill(start_of(core), edges[0])
     other = replace(core, **change)
     anew = replace(core, **change, target_cache=TargetCache())
-    found, _ = other.distill(state, edges[1])
+    actual, _ = other.distill(state, edges[1])
     expected, _ = anew.distill(state, edges[1])
-    assert same_bits(found.params, expected.params)
-    assert distance(found.params, rounds(core, edges[1:], state).params) > 1e-6
+    assert same_bits(actual.params, expected.params)
+    assert distance(actual.params, rounds(core, edges[1:], state).params) > 1e-6
 
 
 def tensor_bytes():
@@ -456,7 +451,7 @@ def test_memory_does_not_grow_with_the_rounds():
     assert len(set(after[2:])) == 1
 
 
-def test_half_precision_targets_are_those_of_the_bfloat16_model_rounded_once():
+def test_half_precision_targets_are_rounded_once():
     ensemble, runtime = ensemble_of(2), Runtime(device="cpu", bf16=True)
     bank = bank_of(ensemble, runtime=runtime)
     anew = bank_of(ensemble, max_bytes=0, runtime=runtime)
@@ -465,26 +460,26 @@ def test_half_precision_targets_are_those_of_the_bfloat16_model_rounded_once():
         views = epoch_views(RECIPE.augment, 22, VIEW_SEED, epoch)
         x = RECIPE.augment.view(DATA[0], views)
         batch = Batch(x, DATA[1], torch.arange(22), epoch)
-        found, expected = bank(batch), anew(batch)
-        assert found.dtype == expected.dtype == torch.float32
+        actual, expected = bank(batch), anew(batch)
+        assert actual.dtype == expected.dtype == torch.float32
         # float16 has 11 bits: half a unit in the last place is 2^-12 for numbers in [1/2, 1) and
         # less below. Targets are probabilities.
-        assert 0 < (found - expected).abs().max() <= 2**-12
+        assert 0 < (actual - expected).abs().max() <= 2**-12
         # bfloat16 keeps 8 bits, 0.4 %: of logits of a few units over a temperature of 4.
-        assert 0 < (found - exact(batch)).abs().max() < 0.01
+        assert 0 < (actual - exact(batch)).abs().max() < 0.01
     assert bank.num_bytes == 3 * EPOCH_BYTES // 2
 
 
-def test_a_round_in_bfloat16_with_kept_targets_ends_near_the_exact_one():
+def test_a_bfloat16_round_with_kept_targets_is_near_the_exact_one():
     # As in test_engine: 0.4 % a layer, 9 steps a round. Wrong targets are off by the whole way.
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
     exact = rounds(core_of(memory_size=2), edges).params
     runtime = Runtime(device="cpu", bf16=True)
     core = core_of(memory_size=2, runtime=runtime)
-    found = rounds(core, edges).params
-    assert same_bits(rounds(core_of(memory_size=2, runtime=runtime), edges).params, found)
+    actual = rounds(core, edges).params
+    assert same_bits(rounds(core_of(memory_size=2, runtime=runtime), edges).params, actual)
     start, names = core.model.state_dict(), [name for name, _ in core.model.named_parameters()]
-    error = sum((found[n] - exact[n]).square().sum().item() for n in names) ** 0.5
+    error = sum((actual[n] - exact[n]).square().sum().item() for n in names) ** 0.5
     way = sum((exact[n] - start[n]).square().sum().item() for n in names) ** 0.5
     assert 0 < error < 0.05 * way
 
@@ -573,10 +568,10 @@ def test_two_threads_that_share_a_core_do_not_mix_up_their_teachers():
 def test_a_phase_that_stops_early_keeps_the_epochs_it_saw(forwards):
     core = core_of(recipe=replace(RECIPE, stop=lambda history: len(history) == 2), memory_size=2)
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
-    found = rounds(core, edges)
+    actual = rounds(core, edges)
     assert core.target_cache.num_bytes == 2 * 2 * EPOCH_BYTES
     assert forwards == {id(edge): [2, 22, 22] for edge in edges}
-    assert distance(found.params, twin_rounds(core, edges)) < 2 * ROUNDING
+    assert distance(actual.params, twin_rounds(core, edges)) < 2 * ROUNDING
 
 
 def test_data_larger_than_a_forward_pass_is_split(forwards):
@@ -588,8 +583,8 @@ def test_data_larger_than_a_forward_pass_is_split(forwards):
     rows = torch.tensor([299, 0, 128, 127])
     views = epoch_views(RECIPE.augment, 300, 1, 2)
     inputs = RECIPE.augment.view(x, views)[rows]
-    found = bank(Batch(inputs, y[rows], rows, 2))
-    assert (found - target_by_hand(ensemble, inputs)).abs().max() < 1e-6
+    actual = bank(Batch(inputs, y[rows], rows, 2))
+    assert (actual - target_by_hand(ensemble, inputs)).abs().max() < 1e-6
     assert forwards[id(ensemble)] == [2, 128, 128, 44]
 
 
@@ -605,7 +600,7 @@ class Squeezes(nn.Module):
 
 
 @pytest.mark.parametrize("num_clones", [1, 2])
-def test_teachers_are_never_shown_a_lone_sample_that_the_data_does_not_have(num_clones):
+def test_teachers_never_run_on_a_single_sample(num_clones):
     core = core_of(seeded(Squeezes(), 0), memory_size=1)
     edges = [ensemble_of(num_clones, build=lambda seed: seeded(Squeezes(), seed))]
     assert distance(rounds(core, edges).params, twin_rounds(core, edges)) < ROUNDING
