@@ -22,7 +22,7 @@ from tests.helpers.reference import few
 
 
 def assert_standardised(inputs):
-    # Float32 sums of some thousand numbers are good to about 1e-6.
+    # Float32 sums of some thousand numbers have an error of about 1e-6.
     deviation, centre = torch.std_mean(inputs, dim=(0, 2, 3))
     assert centre.abs().max() < 1e-5
     assert (deviation - 1).abs().max() < 1e-5
@@ -97,7 +97,7 @@ def test_digits_are_split_alike_in_every_class():
     assert ((counts + held_out) * 100 / 1797 - held_out).abs().max() <= 1
 
 
-def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         load_digits()
@@ -123,7 +123,7 @@ def test_an_archive_of_floats_is_standardised(tmp_path):
 
 def test_standardising_by_hand():
     # Train pixels 1 and 3: mean 2, sample deviation sqrt((1 + 1) / 1) = sqrt 2; the test pixel 4
-    # is measured with the same two.
+    # is scaled with the same moments.
     train = (np.array([[[1, 3]]], np.uint8), np.array([0]))
     test = (np.array([[[4, 2]]], np.uint8), np.array([1], np.int32))
     (x, _), (x_test, y_test) = standardise(tensors(*train), tensors(*test))
@@ -251,7 +251,7 @@ def test_cifar100_is_read_through_torchvision(tmp_path, monkeypatch):
     assert torch.allclose(x_test.double(), by_hand(planes[4:], planes[:4]), atol=1e-5)
 
 
-def test_cifar100_that_is_not_there_is_not_downloaded_unasked(tmp_path):
+def test_a_missing_cifar100_is_not_downloaded_without_download(tmp_path):
     pytest.importorskip("torchvision")
     with pytest.raises(RuntimeError, match="not found"):
         load_cifar100(tmp_path, download=False)
@@ -274,7 +274,7 @@ def test_a_dirichlet_partitioner_gives_disjoint_complete_parts():
 
 @pytest.fixture
 def image_folder(tmp_path, monkeypatch):
-    """Write a dataset whose images are all of the grey value 10 (label + 1)."""
+    """Write a dataset whose images have the grey value 10 (label + 1) everywhere."""
     pytest.importorskip("flwr_datasets")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -307,7 +307,7 @@ def test_a_local_huggingface_dataset_keeps_pairs_together(image_folder):
         assert torch.allclose(inputs, expected[:, None, None, None].expand_as(inputs), atol=1e-5)
 
 
-def test_huggingface_without_flwr_datasets_says_what_to_install(monkeypatch):
+def test_without_flwr_datasets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr_datasets", None)
     with pytest.raises(ImportError, match=r"flwr-cloned-kd\[datasets\]"):
         load_huggingface("uoft-cs/cifar100")
@@ -363,7 +363,7 @@ def test_an_archive_that_is_cut_or_altered_is_refused_by_name(tmp_path, save):
         except ValueError as error:
             refusal = str(error)
         assert "odd.npz: expected" in refusal
-        # Some bytes, such as a time, are not read; what is kept of the arrays has a checksum.
+        # Some bytes, such as a time, are not read; the bytes of the arrays have a checksum.
         for part, same in zip(actual, expected):
             assert all(torch.equal(tensor, other) for tensor, other in zip(part, same))
 
@@ -373,6 +373,6 @@ def test_an_archive_that_is_not_there_is_not_found(tmp_path):
         load_npz(tmp_path / "none.npz")
 
 
-def test_a_huggingface_dataset_without_the_column_says_which_it_has(image_folder):
+def test_a_huggingface_dataset_without_the_column_is_refused(image_folder):
     with pytest.raises(ValueError, match="expected a column 'label', got"):
         load_huggingface(str(image_folder), label_key="label")

@@ -112,7 +112,7 @@ def test_the_mean_takes_counters_from_the_first_clone():
 @few
 @given(params=state_dicts(), num_clones=st.integers(1, 4))
 def test_the_mean_of_equal_clones_is_the_model(params, num_clones):
-    # A sum of 3 equal numbers and its third round once each, relative to numbers of at most 50:
+    # The sum of equal numbers rounds once and the division rounds once, for numbers of at most 50:
     # 2 * 2^-24 * 50 = 6e-6.
     assert distance(mean(clone(params, num_clones)), params) < 1e-5
 

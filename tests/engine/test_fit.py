@@ -112,7 +112,7 @@ def test_clones_differ_by_their_draws_only():
     recipe = Recipe(epochs=2, batch_size=len(DATA[0]), augment=None)
     model = nn.Sequential(nn.Flatten(), seeded(nn.Linear(64, 3), 0))
     whole_batches = trained(model, 2, recipe)
-    # In batches of everything only the order of a sum differs.
+    # If a batch is the whole dataset, clones differ only in the order of a sum.
     assert distance(member(whole_batches, 0), member(whole_batches, 1)) < ROUNDING
     ensemble = trained(model, 2)
     assert distance(member(ensemble, 0), member(ensemble, 1)) > 1e-2
@@ -227,7 +227,7 @@ def test_the_schedule_sees_the_share_of_steps_taken(runtime):
 
 
 def rows_seen(dataset, recipe, *, seed=0):
-    """Record which rows a clone sees, batch by batch."""
+    """Record the rows of every batch of a clone."""
     seen = []
 
     def loss(logits, batch):
@@ -291,7 +291,7 @@ def recorded(stop):
 
 
 @paths
-def test_training_stops_at_the_accuracy_that_was_asked_for(runtime):
+def test_training_stops_at_the_learning_threshold(runtime):
     stop, seen = recorded(AccuracyReached(0.9))
     recipe = Recipe(epochs=40, batch_size=8, stop=stop)
     model = mlp()
@@ -379,8 +379,8 @@ def test_a_model_with_tied_weights_trains_as_the_plain_loop():
 @architectures
 @paths
 def test_bfloat16_changes_a_result_by_its_rounding_only(build, runtime):
-    # bfloat16 keeps 8 bits, 0.4 % relative: 10 steps of a few layers each went astray by 0.5 % of
-    # the way the weights moved. A broken path would be off by the whole way.
+    # bfloat16 has 8 bits, a relative error of 0.4 %. After 10 steps of a few layers the error was
+    # 0.5 % of the movement of the weights. A broken path would differ by the whole movement.
     model = model_of(build)
     recipe = Recipe(epochs=2, batch_size=8)
     exact = trained(model, 2, recipe, runtime=runtime)
@@ -483,7 +483,7 @@ class Recurrent(nn.Module):
 
 
 class DropsOut(nn.Module):
-    """Draws in `forward`, where no submodule tells."""
+    """Draws in `forward`, so no submodule shows that the model has dropout."""
 
     def __init__(self):
         super().__init__()

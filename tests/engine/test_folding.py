@@ -21,7 +21,7 @@ def kinds(model, kind):
 
 
 class Shared(nn.Module):
-    """What its first convolution returns goes to a normalisation and around it."""
+    """The output of the convolution goes to the normalisation and also around it."""
 
     def __init__(self):
         super().__init__()

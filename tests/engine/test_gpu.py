@@ -1,4 +1,4 @@
-"""What runs on a GPU equals what runs on the CPU, and a recorded step equals a plain one.
+"""A GPU gives the results of the CPU, and recorded steps give the results of plain steps.
 
 Not part of CI, which has no GPU: `python -m pytest -m gpu tests/engine/test_gpu.py`.
 """

@@ -37,7 +37,7 @@ def test_the_usual_family_has_162_views_and_81_without_mirrors():
 
 
 def test_views_of_digits_are_never_mirrored():
-    # A column number as pixel value can only rise from left to right inside an unmirrored crop.
+    # Each pixel holds its column number, which rises from left to right in an unmirrored crop.
     images = (torch.arange(8.0) + 1).expand(500, 1, 8, 8)
     rows = CropAndFlip(2, flip=False)(images, seeded()).amax(2)[:, 0]
     inside = (rows[:, 1:] > 0) & (rows[:, :-1] > 0)
@@ -72,7 +72,7 @@ def test_noisy_labels_are_those_of_the_batch_in_another_order():
     assert torch.equal(labels, torch.arange(12) % 4)
 
 
-def test_the_noise_hits_the_asked_for_fraction_of_batches():
+def test_the_noise_permutes_the_given_fraction_of_batches():
     # 2,000 tries of probability 0.3: one sigma is sqrt(0.3 0.7 / 2000) = 0.01; 0.04 is four. A
     # permutation of 20 different labels is the identity once in 20!.
     generator, labels = seeded(), torch.arange(20)

@@ -63,7 +63,7 @@ class Recurrent(nn.Module):
 
 
 class Chooses(nn.Module):
-    """Takes a way that depends on the data, which vmap cannot follow."""
+    """Branches on the data, which vmap cannot do."""
 
     def __init__(self):
         super().__init__()
@@ -93,8 +93,8 @@ def test_a_small_model_is_one_lane_for_all_clones(build, training):
 @pytest.mark.parametrize("runtime", [CPU, TOGETHER, ONE_BY_ONE], ids=["rule", "together", "alone"])
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
 def test_lanes_start_with_the_state_of_the_ensemble(build, runtime, training):
-    # The trial of vmap runs a batch in training mode, which moves the statistics of batch
-    # normalisation: they must be put back, and the counters too.
+    # The trial of vmap runs a batch in training mode, which changes the statistics and counters of
+    # batch normalisation. Both must be restored.
     ensemble = different(3, build)
     before = snapshot(ensemble)
     clone_lanes, _ = lanes_of(build(), runtime, ensemble=ensemble, training=training)
@@ -102,7 +102,7 @@ def test_lanes_start_with_the_state_of_the_ensemble(build, runtime, training):
     assert same_bits({n: torch.cat([p[n] for p in parts]) for n in ensemble}, before)
     assert same_bits(ensemble, before)
     assert all("num_batches_tracked" not in n or not before[n].any() for n in before)
-    # Training moves what was read, not what came in.
+    # Training changes the state of the lane, not the ensemble.
     views = DATA[0][:8].expand(3 // len(clone_lanes), 8, 1, 8, 8)
     clone_lanes[0].forward(views)
     assert same_bits(ensemble, before)
@@ -149,7 +149,7 @@ def test_dropout_is_batched_where_it_does_nothing():
 
 
 @pytest.mark.parametrize("kind", CANNOT)
-def test_a_compilation_that_was_asked_for_survives_the_fall_back(kind, monkeypatch):
+def test_clones_that_cannot_be_batched_are_still_compiled(kind, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch, "compile", lambda module, **options: compiled.append(options) or module
@@ -189,7 +189,7 @@ def test_only_batches_of_full_size_reach_the_compiled_model(monkeypatch):
 
 @pytest.mark.parametrize("kind", CANNOT)
 def test_forced_batching_of_an_unsuitable_model_is_an_error(kind):
-    # Silently training something else would be worse: dropout the same for all, weights untied.
+    # Otherwise all clones would have the same dropout, and tied weights would come apart.
     model = CANNOT[kind]()
     with pytest.raises((RuntimeError, ValueError), match=r"vmap|tied|Batching rule"):
         fit(model, clone(model.state_dict(), 3), DATA, RECIPE, runtime=TOGETHER)
@@ -203,8 +203,8 @@ def test_batching_can_be_forced_upon_a_large_model():
     start = clone(model.state_dict(), 2)
     together = fit(model, start, DATA, RECIPE, runtime=TOGETHER)
     alone = fit(model, start, DATA, RECIPE, runtime=ONE_BY_ONE)
-    # Batches of 64 inputs with a learning rate of 0.1 move 800 units further than the models that
-    # ROUNDING was seen on; still 6 steps of float32.
+    # With a learning rate of 0.1 these 800 units move further than the models for which ROUNDING
+    # was measured; the difference is still rounding of 6 steps in float32.
     assert distance(together, alone) < 5 * ROUNDING
     assert same_bits(together, fit(model, start, DATA, RECIPE, runtime=TOGETHER))
 
@@ -235,7 +235,7 @@ def test_frozen_parameters_are_no_leaves():
     for runtime, lanes_expected in ((TOGETHER, 1), (ONE_BY_ONE, 3)):
         clone_lanes, _ = lanes_of(model, runtime)
         assert len(clone_lanes) == lanes_expected
-        # BatchNorm's two and the head's two are left.
+        # The two of BatchNorm and the two of the head are trained.
         assert [len(part.leaves) for part in clone_lanes] == [4] * lanes_expected
 
 
@@ -260,7 +260,7 @@ def test_compiled_clones_train_as_uncompiled_ones_and_compile_once(monkeypatch):
     assert distance(actual, fit(cnn(), start, DATA, recipe, runtime=ONE_BY_ONE)) < ROUNDING
     assert distance(actual, start) > 0.1
 
-    # A second phase, with clones of another number and other data, finds it compiled.
+    # A second phase with another number of clones and other data uses the compiled model.
     assert same_bits(fit(cnn(), start, DATA, recipe, runtime=compiling), actual)
     fit(cnn(seed=2), clone(cnn().state_dict(), 3), images(30), recipe, runtime=compiling)
     assert counters["stats"]["unique_graphs"] == 1

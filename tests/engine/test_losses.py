@@ -21,7 +21,7 @@ def batch_of(labels):
 
 
 def distilled(teachers, weights, temperature, student_temperature=None):
-    """Make the loss of a student of teachers that predict the logits `[K, B, C]`."""
+    """Make the loss of a student for teachers with the logits `[K, B, C]`."""
     logits = torch.as_tensor(teachers, dtype=torch.float64)
     target = soft_target(logits, weights, temperature)
     loss = distillation(temperature, student_temperature)
@@ -112,21 +112,21 @@ def test_the_distillation_loss_as_printed_by_hand():
     assert loss(STUDENT, batch_of([1])).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_an_ensemble_teaches_the_mean_of_its_clones_by_hand():
-    # The mean of (1/4, 3/4) and (3/4, 1/4) is (1/2, 1/2); an even student at t = 2 pays ln 2 for
-    # it, and ln 2 for the label: ln 2 + 4 ln 2.
+def test_the_target_of_an_ensemble_is_the_mean_by_hand():
+    # The mean of (1/4, 3/4) and (3/4, 1/4) is (1/2, 1/2). For an even student at t = 2 the soft
+    # part is 4 ln 2 and the cross entropy is ln 2.
     loss = distilled([[QUARTER], [THREE_QUARTERS]], [0.5, 0.5], 2.0)
     even = torch.zeros(1, 2, dtype=torch.float64)
     assert loss(even, batch_of([0])).item() == pytest.approx(5 * log(2), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(seed):
+def test_a_student_equal_to_its_teacher_has_no_kd_gradient(seed):
     student, labels, _ = draw(1, seed=seed)
     loss = distilled(student[None], [1.0], 4.0)
     total = gradient(lambda f: loss(f, batch_of(labels)), student)
     hard = gradient(lambda f: F.cross_entropy(f, labels), student)
-    # The two softmaxes are the same numbers, so what is left is rounding of the sums.
+    # Both softmaxes are the same numbers; the sums differ by rounding.
     assert (total - hard).abs().max() < 1e-14
 
 

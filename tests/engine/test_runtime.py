@@ -22,16 +22,16 @@ ROW = torch.zeros(1, 249)
 
 
 def small():
-    """49,999 parameters or fewer are small: 249 x 199 + 199 = 49,750."""
+    """Make a small model: 249 x 199 + 199 = 49,750 parameters, fewer than 50,000."""
     return nn.Linear(249, 199)
 
 
 def large():
-    """249 x 200 + 200 = 50,000 parameters; 2 x 249 x 200 = 99,600 operations a sample."""
+    """Make a large model: 249 x 200 + 200 = 50,000 parameters, 2 x 249 x 200 = 99,600 FLOP."""
     return nn.Linear(249, 200)
 
 
-# 1e14 / (3 x 99,600) = 334,672,021.4 samples of training earn a compilation back, and
+# A compilation saves time above 1e14 / (3 x 99,600) = 334,672,021.4 training samples, and above
 # 1e14 / 99,600 = 1,004,016,064.3 predictions.
 LONG, SHORT = 334_672_022, 334_672_021
 LONG_PREDICTION, SHORT_PREDICTION = 1_004_016_065, 1_004_016_064
@@ -151,7 +151,7 @@ def test_a_phase_is_compiled_if_its_arithmetic_exceeds_the_threshold(
     assert planned(large(), num_samples=num_samples, training=training).compile == expected
 
 
-def test_the_papers_phases_earn_a_compilation_and_the_demo_does_not(machine):
+def test_phases_of_the_paper_are_compiled_and_the_demo_is_not(machine):
     # ResNet-32 on 32x32: 69.1 million multiply-adds (He et al. 2016 count 0.069 GFLOP), twice that
     # in operations. Phase 1 of the paper: 3 clones, 5,000 images, 164 epochs, 3 passes.
     model, x = resnet32(), torch.zeros(1, 3, 32, 32)
@@ -168,7 +168,7 @@ def test_the_same_arguments_decide_the_same(machine):
 
 
 class Counts(nn.Module):
-    """Changes a buffer whenever it runs, in whatever mode, and has a part in another mode."""
+    """Changes a buffer in every forward pass and has a part in another mode."""
 
     def __init__(self):
         super().__init__()
@@ -257,7 +257,7 @@ def test_a_negative_budget_is_refused():
 
 
 @pytest.mark.parametrize(("seen", "expected"), [(True, "cuda"), (False, "cpu")])
-def test_the_device_is_a_gpu_where_one_is_seen(monkeypatch, seen, expected):
+def test_the_device_is_a_gpu_if_pytorch_sees_one(monkeypatch, seen, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
     assert Runtime().target == torch.device(expected)
     assert Runtime(device="cpu").target == torch.device("cpu")
@@ -284,7 +284,7 @@ def test_settings_seed_the_block_and_restore_the_generator():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A second GPU that is not there: which is the current one, and the seeds that each was given.
+    """Imitate two GPUs: record the current one and the seeds that each one gets.
 
     Seeds, streams and graphs are those of the current GPU, which is the first by default.
     """

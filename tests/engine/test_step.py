@@ -171,18 +171,18 @@ def test_data_smaller_than_a_batch_is_a_batch_of_full_size():
 def test_the_learning_rate_follows_the_schedule_when_replayed():
     with recording() as counts:
         trained(mlp(), replace(RECIPE, epochs=4, lr=0.2, schedule=step_decay))
-        # The same, had the rate of the recorded step been kept, would end elsewhere.
+        # A step that kept the rate of the recording would end with other weights.
         flat = replace(RECIPE, epochs=4, lr=0.2, schedule=lambda share: 1.0)
         end = trained(mlp(), flat)
         assert distance(end, trained(mlp(), replace(flat, schedule=step_decay))) > 0.1
-    # 20 steps: 10 of 0.2, 5 of a tenth and 5 of a hundredth of it; kept as float32.
+    # 20 steps in float32: 10 at the rate 0.2, 5 at a tenth and 5 at a hundredth of it.
     expected = [0.2] * 10 + [0.02] * 5 + [0.002] * 5
     assert counts.rates[:20] == pytest.approx(expected, rel=1e-7)
 
 
 def test_targets_of_teachers_are_copied_for_every_replay():
     def targets(batch):
-        # Rows and epochs tell targets apart, so a stale one would be seen.
+        # Targets differ for every row and epoch, so a stale target would change the result.
         angle = batch.rows.float() + 50 * batch.epoch
         return torch.stack([angle.sin(), angle.cos(), -angle.sin()], 1).softmax(1)
 
@@ -216,7 +216,7 @@ def test_a_recorded_round_gives_the_core_the_same_bits():
 
     plain, actual, counts = both_ways(run)
     assert same_bits(actual, plain)
-    assert counts.records == 2  # one per round: a recording is of one student's tensors
+    assert counts.records == 2  # one per round: a recording holds the tensors of one student
 
 
 def test_the_history_reads_each_outcome_before_it_is_overwritten():

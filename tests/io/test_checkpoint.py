@@ -124,7 +124,7 @@ def test_a_damaged_file_is_renamed_and_the_previous_one_used(path):
     tensors, _, cause = file.newest(path)
     assert tensors["n"] == 0
     assert "core.ckpt: expected" in cause
-    # The next write does not replace the good one by the damaged one.
+    # The next write does not replace the intact previous file by the damaged one.
     file.write(path, {"n": torch.tensor(5)}, {})
     assert file.read(file.previous(path))[0]["n"] == 0
     assert path.with_name("core.ckpt.damaged").exists()
@@ -207,7 +207,7 @@ def test_a_longer_run_continues_a_finished_one(path):
 
 
 def test_the_header_does_not_grow_with_the_rounds(path):
-    """The format allows it 100 MB, which at 700 bytes a round a long run would reach."""
+    """The format allows 100 MB, which a long run would reach at 700 bytes a round."""
 
     def header_bytes():
         return int.from_bytes(path.read_bytes()[:8], "little")
@@ -374,7 +374,7 @@ def test_a_header_without_an_entry_is_refused(written):
 
 @pytest.fixture(scope="module")
 def killer():
-    """Run the victim as a process that forks: torch is imported once."""
+    """Run the victim as a process that forks, so that torch is imported once."""
     process = subprocess.Popen(
         [sys.executable, str(Path(victim.__file__))],
         stdin=subprocess.PIPE,
@@ -397,7 +397,7 @@ def killer():
 
 
 def test_a_run_killed_at_twenty_instants_ends_with_the_same_bits(killer, tmp_path):
-    """Six of them while a checkpoint is written, where a file could be half there."""
+    """Six of the instants lie in the writing of a checkpoint, where a file could be incomplete."""
     straight = killer(tmp_path / "straight.ckpt")
     assert straight["status"] == 0
     assert len(straight["history"]) == 4
@@ -418,7 +418,7 @@ def test_a_run_killed_three_times_in_a_row_still_ends(killer, tmp_path):
     straight, path = killer(tmp_path / "straight.ckpt"), tmp_path / "often.ckpt"
     first_write_ends = straight["writing"][1]
     for _ in range(3):
-        # Each life is long enough for one round and dies in the next.
+        # Each process completes one round and is killed in the next.
         assert killer(path, first_write_ends + 50)["status"] == -9
     resumed = killer(path)
     assert resumed["digest"] == straight["digest"]

@@ -51,12 +51,12 @@ def trained_edge(build, index, num_clones):
 
 
 def edges_of(num_edges, num_clones, build=mlp):
-    """Train edges from one model, each on data of its own, so that they differ."""
+    """Train edges from one model on different data."""
     return [snapshot(trained_edge(build, index, num_clones)) for index in range(num_edges)]
 
 
 def frozen(state):
-    """Copy everything a state holds, to compare with later."""
+    """Copy all tensors of a state, to compare them later."""
     ensembles = tuple(snapshot(ensemble) for ensemble in state.memory)
     return replace(state, params=snapshot(state.params), memory=ensembles)
 
@@ -177,7 +177,7 @@ def test_the_memory_holds_the_newest_ensembles(memory_size):
         assert len(state.train_accuracy) == count
 
 
-def test_ensembles_of_different_sizes_teach_together():
+def test_ensembles_of_different_sizes_are_teachers_together():
     core = core_of(distillation={"memory_size": 2})
     first, second = edges_of(1, 1)[0], edges_of(1, 3)[0]
     state, _ = core.distill(start_of(core), first)
@@ -271,7 +271,7 @@ def test_the_core_as_teacher_adds_one_teacher_of_weight_one():
 
 
 def weights_of(model, params):
-    """Select what a learning rate of 0 keeps; running statistics follow the data even so."""
+    """Select the parameters: with a learning rate of 0 only running statistics change."""
     return {name: params[name] for name, _ in model.named_parameters()}
 
 
@@ -336,7 +336,7 @@ def test_a_running_variance_never_becomes_negative(core, sent, clones, share):
 
 @pytest.mark.parametrize("held_out", [HELD_OUT, None], ids=["held out", "core data"])
 def test_an_edge_whose_predictions_overflow_changes_nothing(held_out):
-    # Every weight is finite, as `as_ensemble` demands; their sums are not.
+    # Every weight is finite, as `as_ensemble` requires, but sums of the weights overflow.
     core = core_of(held_out=held_out)
     good, bad = edges_of(2, 2)
     state, _ = core.distill(start_of(core), good)
@@ -504,7 +504,7 @@ def test_a_weight_that_is_no_weight_is_refused(weight):
 
 
 def test_cores_and_their_states_are_compared_by_identity():
-    # What they hold is tensors, whose comparison is no truth value.
+    # Their fields hold tensors, and a comparison of tensors has no single truth value.
     for make in (core_of, lambda: start_of(core_of())):
         first, second = make(), make()
         assert first in [second, first]

@@ -35,11 +35,11 @@ def test_a_falling_training_accuracy_is_never_refused(history, share, rule):
 @pytest.mark.parametrize(
     ("history", "accuracy", "refused"),
     [
-        ((), 0.0, False),  # nothing to fall from
+        ((), 0.0, False),  # without a history there is no fall
         ((0.5, 0.9), 0.81, False),
-        ((0.5, 0.9), 0.79, True),  # from the last round, not from the mean of 0.7
+        ((0.5, 0.9), 0.79, True),  # a fall from the last round, not from the mean of 0.7
         ((0.9, 0.5), 0.45, False),
-        ((0.5,), 1.0, False),  # a rise is no drop
+        ((0.5,), 1.0, False),  # a rise
     ],
 )
 def test_a_drop_is_measured_from_the_last_accepted_round(history, accuracy, refused):

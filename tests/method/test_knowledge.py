@@ -62,14 +62,14 @@ def test_ensemble_share_is_the_accuracy_of_the_ensemble():
         (lambda share: 0.8, 1.0),
         # 1 - s / 2 is at least max(s^2, 1/2) up to s = 0.78: twelve of sixteen steps.
         (lambda share: 0.8 * (1 - share / 2), 12 / 16),
-        # It falls below a half of 0.8 behind s = 1/4: the rest of the movement is never looked at.
+        # Beyond s = 1/4 the accuracy is below a half of 0.8.
         (lambda share: 0.8 if share <= 0.25 else 0.3, 4 / 16),
         (lambda share: 0.8 if share == 0 else 0.1, 0.0),
         (lambda share: 0.0, 1.0),
     ],
     ids=["nothing lost", "lost in proportion", "lost at once", "lost at the first step", "no core"],
 )
-def test_a_student_starts_as_far_as_the_core_keeps_what_it_knows(moved, expected):
+def test_retained_is_the_largest_start_that_keeps_the_accuracy(moved, expected):
     assert retained(knowledge_of(moved)) == expected
 
 

@@ -27,7 +27,7 @@ from tests.helpers.reference import ROUNDING, cnn, distance, images, mlp, same_b
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# 22 is two batches of 8 and one of 6. A target is 3 classes, so an epoch's are 22 x 3 numbers.
+# 22 samples are two batches of 8 and one of 6. With 3 classes, an epoch has 22 x 3 targets.
 DATA = images(22)
 EPOCH_BYTES = 22 * 3 * 4
 RECIPE = Recipe(epochs=3, batch_size=8, augment=CropAndFlip(1))
@@ -35,7 +35,7 @@ TEMPERATURE, VIEW_SEED = 4.0, 12
 
 
 class Mirror:
-    """A finite augmentation that is not the library's own."""
+    """A finite augmentation from outside of the library."""
 
     def draw(self, num_images, generator):
         return torch.randint(2, (num_images,), generator=generator)
@@ -48,7 +48,7 @@ class Mirror:
 
 
 def jitter(inputs, generator):
-    """Augment in infinitely many ways."""
+    """Augment with infinitely many views."""
     return inputs + 0.3 * torch.randn(inputs.shape, generator=generator)
 
 
@@ -57,7 +57,7 @@ augmentations = pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=A
 
 
 def ensemble_of(num_clones, *, build=mlp, first=10):
-    """Different models, whose running statistics differ too."""
+    """Make an ensemble of different models with different running statistics."""
     params = [snapshot(build(seed=first + index).state_dict()) for index in range(num_clones)]
     for index, model in enumerate(params):
         for name in model:
@@ -86,7 +86,7 @@ def rounds(core, edges, state=None):
 
 
 def twin_rounds(core, edges, **options):
-    """Run the slow twin, in which every teacher sees every batch, over the same rounds."""
+    """Run the slow twin over the same rounds; it runs every teacher on every batch."""
     params, size = core.model.state_dict(), core.distillation.memory_size
     for version in range(len(edges)):
         memory = edges[max(0, version + 1 - size) : version + 1]
@@ -118,7 +118,7 @@ def bank_of(ensemble, recipe=RECIPE, *, max_bytes=2**20, model=None, runtime=Non
 
 
 def batches_of(recipe, epoch, *, seed=5):
-    """Draw an epoch's batches by the rule of the slow twin, with their rows."""
+    """Draw the batches of an epoch, with their rows, by the rule of the slow twin."""
     first, second = (torch.Generator().manual_seed(seed + epoch) for _ in range(2))
     rows = torch.randperm(22, generator=first).split(recipe.batch_size)
     pairs = reference.epoch_batches(DATA, recipe, second, epoch, VIEW_SEED)
@@ -126,7 +126,7 @@ def batches_of(recipe, epoch, *, seed=5):
 
 
 def target_by_hand(ensemble, inputs, build=mlp):
-    """Mean over the clones of softmax(f / t), each clone a module of its own in evaluation mode."""
+    """Average softmax(f / t) over the clones, each loaded into a module in evaluation mode."""
     model, total = build().eval(), 0
     for index in range(len(next(iter(ensemble.values())))):
         model.load_state_dict({name: tensor[index] for name, tensor in ensemble.items()})
@@ -137,7 +137,7 @@ def target_by_hand(ensemble, inputs, build=mlp):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Count the samples that each ensemble is shown as a teacher: id of the ensemble -> sizes."""
+    """Record the batch sizes of all forward passes of teachers: id of the ensemble -> sizes."""
     sizes = {}
 
     class Counting(Predictor):
@@ -164,7 +164,7 @@ def test_kept_targets_equal_the_predictions_of_the_teachers(augment, build):
             assert actual.dtype == torch.float32
             assert not actual.requires_grad
             expected = target_by_hand(ensemble, batch.inputs, build)
-            # Targets are below 1 and one pass, not 20 steps, makes them: a few roundings of 6e-8.
+            # Targets are below 1 and one pass, not 20 steps, computes them: some roundings of 6e-8.
             assert (actual - expected).abs().max() < 1e-6
 
 
@@ -213,8 +213,8 @@ def test_options_of_the_memory_mean_the_same_with_a_bank(options, target_bytes):
 
 
 def test_weights_apply_to_kept_targets_not_once_and_for_all():
-    # The same ensemble teaches with weight 0.5 in its first round and, as the state says, with 2
-    # in the second: the bank must hold what it says, not options much that counts.
+    # One ensemble has the weight 0.5 in its first round and, by the changed state, 2 in the second.
+    # The bank must therefore keep targets without a weight.
     core = core_of(memory_size=2)
     first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
     state, _ = core.distill(start_of(core), first, weight=0.5)
@@ -234,7 +234,7 @@ def test_weights_apply_to_kept_targets_not_once_and_for_all():
 
 
 def test_weighted_targets_by_hand():
-    # 0.5 (0.2, 0.8) + 2 (0.6, 0.4) = (1.3, 1.2), and what the teachers returned stays theirs.
+    # 0.5 (0.2, 0.8) + 2 (0.6, 0.4) = (1.3, 1.2); the tensors of the teachers stay unchanged.
     returned = [torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])]
     target = weighted_sum([lambda batch: returned[0], lambda batch: returned[1]], [0.5, 2.0])
     for _ in range(2):
@@ -262,7 +262,7 @@ def test_an_ensemble_is_run_once_in_its_life_in_the_memory(forwards, augment, ep
     state = start_of(core)
     for num_edges, edge in enumerate(edges, start=1):
         state, _ = core.distill(state, edge)
-        # Two samples tell options large a target is; then all 22 samples, once per view of theirs.
+        # Two samples measure the size of a target; then all 22 samples run once per view.
         expected = {id(e): [2] + [22] * epochs_shown for e in edges[:num_edges]}
         assert forwards == expected
 
@@ -271,8 +271,8 @@ def test_without_a_budget_teachers_run_on_every_batch(forwards):
     core = core_of(memory_size=2, runtime=Runtime(device="cpu", target_bytes=0))
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(3)]
     rounds(core, edges)
-    # Two samples measure the size of a target, once; then three epochs of 8 + 8 + 6, in two rounds
-    # for all but the last ensemble.
+    # Two samples measure the size of a target, once. Then three epochs of 8 + 8 + 6 run in each
+    # round: two rounds for the first two ensembles, one for the last.
     shown = [Counter(forwards[id(edge)]) for edge in edges]
     assert shown == [{2: 1, 8: 12, 6: 6}] * 2 + [{2: 1, 8: 6, 6: 3}]
 
@@ -313,7 +313,8 @@ def test_a_budget_for_some_epochs_keeps_only_their_targets(forwards, num_kept, e
 
 @pytest.mark.parametrize(("core_as_teacher", "share"), [(False, 3), (True, 4)])
 def test_the_banks_of_a_core_share_its_budget(core_as_teacher, share):
-    # Three teachers, and the core if it is one, get a part each: here room for one epoch of three.
+    # Three ensembles, and the core if it is a teacher, get equal parts of the budget: here the
+    # bytes of one epoch of three.
     target_bytes = share * EPOCH_BYTES + share - 1
     core = core_of(
         memory_size=3,
@@ -338,12 +339,12 @@ def released(refs):
     return [ref() is None for ref in refs]
 
 
-# A bank holds its ensemble: as long as the bank lives, so does a weight of the ensemble.
+# A bank holds a reference to its ensemble, so a released ensemble has no bank.
 def weight_of(edge):
     return weakref.ref(edge["1.weight"])
 
 
-def test_an_ensemble_that_left_the_memory_is_released_with_its_targets():
+def test_an_ensemble_that_left_the_memory_is_released():
     core = core_of(memory_size=2)
     state = start_of(core)
     weights = []
@@ -371,10 +372,10 @@ def test_a_refused_edge_is_released_when_the_next_one_comes(forwards):
     assert released([refused_weight]) == [True]
     assert len(new.memory) == 2
     assert core.target_cache.num_bytes == 2 * 3 * EPOCH_BYTES
-    assert len(forwards[id(first)]) == num_forwards  # its targets were kept all the time
+    assert len(forwards[id(first)]) == num_forwards  # its targets were kept
 
 
-def test_an_edge_that_spoils_the_core_is_released_when_the_next_one_comes():
+def test_an_edge_that_spoils_the_core_is_released_next_time():
     core = core_of(memory_size=3)
     edge = ensemble_of(2)
     spoiled = weight_of(edge)
@@ -430,7 +431,7 @@ def test_a_replaced_core_computes_the_targets_that_change_again(change):
 
 
 def tensor_bytes():
-    """Measure all tensors that are alive, each storage once."""
+    """Measure the storages of all existing tensors."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -447,7 +448,7 @@ def test_memory_does_not_grow_with_the_rounds():
         state, _ = core.distill(state, ensemble_of(2, first=10 * (1 + index)))
         after.append(tensor_bytes())
         assert core.target_cache.num_bytes == min(index + 1, 3) * 3 * EPOCH_BYTES
-    assert after[0] < after[1] < after[2]  # the memory fills, and that shows here
+    assert after[0] < after[1] < after[2]  # the measure shows that the memory fills
     assert len(set(after[2:])) == 1
 
 
@@ -465,13 +466,13 @@ def test_half_precision_targets_are_rounded_once():
         # float16 has 11 bits: half a unit in the last place is 2^-12 for numbers in [1/2, 1) and
         # less below. Targets are probabilities.
         assert 0 < (actual - expected).abs().max() <= 2**-12
-        # bfloat16 keeps 8 bits, 0.4 %: of logits of a few units over a temperature of 4.
+        # bfloat16 has 8 bits: 0.4 % of logits of a few units, divided by a temperature of 4.
         assert 0 < (actual - exact(batch)).abs().max() < 0.01
     assert bank.num_bytes == 3 * EPOCH_BYTES // 2
 
 
 def test_a_bfloat16_round_with_kept_targets_is_near_the_exact_one():
-    # As in test_engine: 0.4 % a layer, 9 steps a round. Wrong targets are off by the whole way.
+    # As in test_fit: 0.4 % a layer, 9 steps a round. Wrong targets would differ by the whole way.
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
     exact = rounds(core_of(memory_size=2), edges).params
     runtime = Runtime(device="cpu", bf16=True)
@@ -523,7 +524,7 @@ def test_a_resumed_core_has_the_bits_of_one_that_never_stopped(forwards, target_
     resumed = rounds(core(), [snapshot(edge) for edge in edges[2:]], state)
     assert same_bits(resumed.params, whole.params)
     assert all(same_bits(a, b) for a, b in zip(resumed.memory, whole.memory))
-    # A copy of an ensemble is another ensemble: its targets were computed again.
+    # The targets of a copied ensemble are computed again.
     assert all(id(ensemble) in forwards for ensemble in resumed.memory)
 
 
@@ -544,7 +545,7 @@ def test_histories_that_take_turns_do_not_disturb_each_other():
 
 
 class Interrupted(TargetCache):
-    """A cache that another thread uses in the moment after it was set."""
+    """A cache that another thread uses directly after each assignment to it."""
 
     interruptions = ()
 
@@ -555,7 +556,7 @@ class Interrupted(TargetCache):
             interrupt()
 
 
-def test_two_threads_that_share_a_core_do_not_mix_up_their_teachers():
+def test_two_threads_with_one_core_do_not_mix_up_teachers():
     first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
     core = replace(core_of(), target_cache=Interrupted())
     expected = rounds(core_of(), [first]).params
@@ -589,7 +590,7 @@ def test_data_larger_than_a_forward_pass_is_split(forwards):
 
 
 class Squeezes(nn.Module):
-    """Loses the axis of the batch where it is one sample."""
+    """Loses the batch axis for a batch of one sample."""
 
     def __init__(self):
         super().__init__()
@@ -606,7 +607,7 @@ def test_teachers_never_run_on_a_single_sample(num_clones):
     assert distance(rounds(core, edges).params, twin_rounds(core, edges)) < ROUNDING
 
 
-def test_edges_of_the_library_teach_as_in_the_slow_twin():
+def test_edges_of_the_library_are_teachers_as_in_the_slow_twin():
     model = seeded(cnn(), 4)
     core = core_of(model, memory_size=2)
     recipe = Recipe(epochs=1, batch_size=8, augment=CropAndFlip(1))

@@ -61,7 +61,7 @@ def test_independent_variants_send_one_model_in_every_round(name):
     sent = [send(state) for state in states()]
     assert all(same_bits(sent[0], other) for other in sent[1:])
     assert distance(sent[0], core.pretrain()) > 0.1
-    # It is trained, not drawn: one epoch of three batches.
+    # The model was trained for one epoch of three batches.
     assert sent[0]["2.num_batches_tracked"] == 3
     assert core.train_accuracy(sent[0]) > core.train_accuracy(core.model.state_dict())
 
