@@ -17,9 +17,9 @@ few = settings(max_examples=20, deadline=None, derandomize=True)
 
 # Two sums of the same numbers in another order differ by the rounding of float32, 6e-8 relative,
 # which 20 steps amplify. The largest difference in 288 runs was 3e-6, for weights of about 1. A
-# wrong step differs by 1e-3 or more. The models below are smooth, because at the kink of a ReLU rounding
-# can switch a gradient off. No batch should have two samples, because BatchNorm then divides their
-# difference by itself.
+# wrong step differs by 1e-3 or more. The models below are smooth, because at the kink of a ReLU
+# rounding can switch a gradient off. No batch should have two samples, because BatchNorm then
+# divides their difference by itself.
 ROUNDING = 2e-5
 
 
