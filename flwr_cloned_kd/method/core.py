@@ -245,7 +245,7 @@ class Core:
         knowledge = self._knowledge(state.params, edge, sent)
         edge_logits = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
         share = self._share(knowledge)
-        student = _student_start(self.model, state.params, edge, sent, share)
+        student = student_start(self.model, state.params, edge, sent, share)
         params = self._train_student(
             student, self._targets(state.params, memory, weights), state.version
         )
@@ -302,7 +302,7 @@ class Core:
         target = (logits / self.distillation.temperature).softmax(-1).mean(0)
 
         def moved(share: float) -> float:
-            return self.train_accuracy(_student_start(self.model, core, edge, sent, share))
+            return self.train_accuracy(student_start(self.model, core, edge, sent, share))
 
         return Knowledge(float(accuracy(target, labels)), moved)
 
@@ -395,7 +395,7 @@ def train_edge(
     )
 
 
-def _student_start(
+def student_start(
     model: nn.Module, core: StateDict, edge: Ensemble, sent: StateDict | None, share: float
 ) -> StateDict:
     """Move the core by a share of the clones' mean movement, measured from the model `sent`.
