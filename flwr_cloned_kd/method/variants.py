@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from ..engine.ensemble import StateDict, initialise
 from ..engine.recipe import Recipe, fold_in
-from .core import Core, CoreState, Distillation
+from .core import Core, CoreState
+from .distillation import Distillation
 from .knowledge import (
     Selection,
     StartRule,
