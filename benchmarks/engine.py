@@ -37,7 +37,7 @@ from flwr_cloned_kd.data.datasets import moments
 from flwr_cloned_kd.data.models import resnet
 from flwr_cloned_kd.engine.inputs import Dataset
 from flwr_cloned_kd.engine.runtime import Plan, plan
-from flwr_cloned_kd.method.targets import TargetBank, weighted
+from flwr_cloned_kd.method.targets import TargetBank, weighted_sum
 
 TEMPERATURE = 4.0
 PHASES = ("phase1", "phase2", "round")
@@ -192,7 +192,7 @@ class Engine:
             setup.data,
             setup.recipe,
             loss=distillation(TEMPERATURE),
-            targets=weighted(self._banks, [1.0] * len(self._banks)),
+            targets=weighted_sum(self._banks, [1.0] * len(self._banks)),
             view_seed=0,
             runtime=self._runtime,
         )
@@ -206,7 +206,7 @@ class Engine:
             setup.recipe,
             view_seed=0,
             temperature=TEMPERATURE,
-            most_bytes=self._runtime.target_bytes // setup.memory_size,
+            max_bytes=self._runtime.target_bytes // setup.memory_size,
             runtime=self._runtime,
         )
 

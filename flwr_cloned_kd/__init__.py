@@ -30,7 +30,8 @@ from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
 from .method.consensus import Venn
-from .method.core import Core, CoreState, Distillation, edge_seed, train_edge
+from .method.core import Core, CoreState, edge_seed, train_edge
+from .method.distillation import Distillation
 from .method.guards import TrainAccuracyDrop, TrainAccuracyJump
 from .method.knowledge import (
     Knowledge,

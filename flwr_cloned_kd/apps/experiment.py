@@ -36,7 +36,8 @@ from ..engine.recipe import AccuracyReached, Plateau, Recipe, fold_in
 from ..engine.runtime import Runtime, plan
 from ..flower.client import EdgeClient
 from ..flower.cloned_kd import ClonedKD
-from ..method.core import Core, Distillation
+from ..method.core import Core
+from ..method.distillation import Distillation
 from ..method.variants import PRESETS, VARIANTS
 from .report import Report
 from .settings import AUGMENTATIONS, CHOICES, GUARDS, Settings, build_model

@@ -1,4 +1,4 @@
-"""Models for the examples; any `nn.Module` from inputs to logits does."""
+"""Models of the examples. The algorithm takes any `nn.Module` from inputs to logits."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,19 +21,19 @@ class _Block(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = (
-            _Conv(channels_in, channels_out, stride),
-            nn.BatchNorm2d(channels_out),
-        )
-        self.conv2, self.bn2 = _Conv(channels_out, channels_out), nn.BatchNorm2d(channels_out)
-        self.stride, missing = stride, channels_out - channels_in
-        self.padding = (missing // 2, missing - missing // 2)
+        self.conv1 = _Conv(channels_in, channels_out, stride)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = _Conv(channels_out, channels_out)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.stride = stride
+        num_new = channels_out - channels_in
+        self.padding = (num_new // 2, num_new - num_new // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         if self.stride > 1 or any(self.padding):
-            thinned = x[:, :, :: self.stride, :: self.stride]
-            shortcut = F.pad(thinned, (0, 0, 0, 0, *self.padding))
+            sampled = x[:, :, :: self.stride, :: self.stride]
+            shortcut = F.pad(sampled, (0, 0, 0, 0, *self.padding))
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + shortcut)
 
@@ -50,15 +50,21 @@ class _ResNet(nn.Module):
     ) -> None:
         super().__init__()
         mean, deviation = pixels or (None, None)
-        # Not persistent: part of the architecture, not of the weights that travel.
+        # Not persistent: the moments are part of the architecture, not of the weights that travel.
         for name, moment in (("mean", mean), ("deviation", deviation)):
             moment = moment if moment is None else moment[:, None, None].float()
             self.register_buffer(name, moment, persistent=False)
-        self.conv, self.bn = _Conv(channels, width), nn.BatchNorm2d(width)
-        plan = [(width * 2**stage, 2 if stage and not block else 1)
-                for stage in range(3) for block in range(blocks)]  # fmt: skip
-        inputs = [width, *(outputs for outputs, _ in plan)]
-        self.blocks = nn.Sequential(*(_Block(i, o, s) for i, (o, s) in zip(inputs, plan)))
+        self.conv = _Conv(channels, width)
+        self.bn = nn.BatchNorm2d(width)
+        parts = []
+        channels_in = width
+        for stage in range(3):
+            for block in range(blocks):
+                channels_out = width * 2**stage
+                stride = 2 if stage > 0 and block == 0 else 1
+                parts.append(_Block(channels_in, channels_out, stride))
+                channels_in = channels_out
+        self.blocks = nn.Sequential(*parts)
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,12 +94,12 @@ def resnet(
     Args:
         depth: 6n + 2 for n blocks per stage: 8, 14, 20, 32, 44, 56, 110, ...
         seed: determines the initial weights; the global generator is not touched.
-        pixels: mean and deviation `[channels]` of raw pixels, such as `data.moments` finds; the
-            model then standardises what it is given. None: floats are taken as they are, integers
-            divided by 255.
+        pixels: mean and standard deviation `[channels]` of raw pixels, as `moments` returns them;
+            the model then standardises its inputs. None: floats stay as they are, and integers
+            are divided by 255.
 
     Raises:
-        ValueError: if the depth is not of that form.
+        ValueError: for another depth.
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, 32, ...), got {depth}")

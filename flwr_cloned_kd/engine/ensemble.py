@@ -1,8 +1,8 @@
 """An ensemble is a state dict whose tensors carry a leading clone axis, `[E, *shape]`."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 StateDict = dict[str, Tensor]
 Ensemble = dict[str, Tensor]
+
+MAX_NAMES = 3
+"""Number of array names in an error message."""
+MAX_NAME_CHARACTERS = 80
 
 
 def clone(params: Mapping[str, Tensor], num_clones: int) -> Ensemble:
@@ -33,7 +37,7 @@ def size(ensemble: Mapping[str, Tensor]) -> int:
     """Return E, the number of clones.
 
     Raises:
-        ValueError: if there is no tensor that could tell.
+        ValueError: for an ensemble without a tensor.
     """
     if not ensemble:
         raise ValueError("ensemble: expected at least one tensor, got none")
@@ -41,7 +45,7 @@ def size(ensemble: Mapping[str, Tensor]) -> int:
 
 
 def mean(ensemble: Mapping[str, Tensor]) -> StateDict:
-    """Average the clones; integer tensors, which count, are taken from the first one."""
+    """Average the clones; integer tensors are counters and are taken from the first clone."""
     return {
         name: tensor.mean(0) if tensor.is_floating_point() else tensor[0]
         for name, tensor in ensemble.items()
@@ -51,26 +55,30 @@ def mean(ensemble: Mapping[str, Tensor]) -> StateDict:
 def check_finite(params: Mapping[str, Tensor], what: str = "") -> None:
     """Refuse NaN and infinity.
 
+    Args:
+        what: prefix of the name in the error message.
+
     Raises:
-        ValueError: naming the first tensor that holds one, after the prefix `what`.
+        ValueError: for the first tensor with a value that is not finite.
     """
     for name, tensor in params.items():
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
+        num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if num_bad:
             raise ValueError(
-                f"{what}{name}: expected finite values, got {bad} of {tensor.numel()} not finite"
+                f"{what}{name}: expected finite values, "
+                f"got {num_bad} of {tensor.numel()} not finite"
             )
 
 
 def as_ensemble(arrays: Mapping[str, Any], like: Mapping[str, Tensor]) -> Ensemble:
-    """Check what an edge sent against the core and return it as an ensemble.
+    """Check the arrays of an edge against the core and return them as an ensemble.
 
-    Arrays shaped exactly as the core's are an ensemble of one, so the reply of any ordinary
-    federated client is one too.
+    Arrays with exactly the shapes of the core are an ensemble of one. The reply of an ordinary
+    federated client is therefore an ensemble too.
 
     Args:
         arrays: NumPy arrays or tensors by name, all `[*shape]` or all `[E, *shape]`.
-        like: the core's state dict; it says which names, shapes and dtypes are expected.
+        like: state dict of the core, with the expected names, shapes and dtypes.
 
     Raises:
         ValueError: for a missing or unknown name, a wrong type, dtype, shape or clone count, or
@@ -78,64 +86,76 @@ def as_ensemble(arrays: Mapping[str, Any], like: Mapping[str, Tensor]) -> Ensemb
     """
     if not like:
         raise ValueError("core: expected a model with at least one tensor, got none")
-    missing, unknown = sorted(like.keys() - arrays.keys()), sorted(arrays.keys() - like.keys())
+    missing = sorted(like.keys() - arrays.keys())
+    unknown = sorted(arrays.keys() - like.keys())
     if missing or unknown:
         raise ValueError(
             f"array names: expected the core's {len(like)}, "
             f"missing {_some(missing)}, unknown {_some(unknown)}"
         )
-    found = {name: _as_tensor(name, arrays[name]) for name in like}
-    for name, tensor in found.items():
+    tensors = {name: _as_tensor(name, arrays[name]) for name in like}
+    for name, tensor in tensors.items():
         if tensor.dtype != like[name].dtype:
             raise ValueError(f"{name}: expected dtype {like[name].dtype}, got {tensor.dtype}")
-    axes = _clone_axes(found, like)
-    for name, tensor in found.items():
-        expected = (*axes, *like[name].shape)
+    clone_axes = _clone_axes(tensors, like)
+    for name, tensor in tensors.items():
+        expected = (*clone_axes, *like[name].shape)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-    check_finite(found)
-    return found if axes else {name: tensor.unsqueeze(0) for name, tensor in found.items()}
+    check_finite(tensors)
+    if clone_axes:
+        return tensors
+    return {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
 
 
-def _clone_axes(found: StateDict, like: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Return what most tensors have before the core's shape: (E,), or () for one plain model."""
-    counts = Counter(
+def _clone_axes(tensors: StateDict, like: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the axes before the core's shape: (E,) for an ensemble, () for one plain model.
+
+    The most frequent value counts, so that an error names the tensor that differs from the others.
+    """
+    axes = mode(
         tuple(tensor.shape[: max(tensor.dim() - like[name].dim(), 0)])
-        for name, tensor in found.items()
+        for name, tensor in tensors.items()
     )
-    axes = counts.most_common(1)[0][0]
     return (1,) if len(axes) > 1 or 0 in axes else axes
 
 
 def _as_tensor(name: str, array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach()
-    # An archive or an object array in disguise must not get further than this line.
+    # `Array.numpy()` of Flower may return an NpzFile or an object array; reject both here.
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         kind = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"{name}: expected an array of numbers, got {kind}")
     try:
         return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
-    except TypeError:  # a number that PyTorch does not have, such as longdouble
+    except TypeError:  # a type that PyTorch does not have, such as longdouble
         raise ValueError(f"{name}: expected an array of numbers, got dtype {array.dtype}") from None
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    # What an edge calls its arrays ends in our log: cut it, and escape line breaks.
-    return ", ".join(repr(name[:80]) for name in names[:most]) + more if names else "none"
+def _some(names: list[str]) -> str:
+    """List the first names of arrays in a form that is safe for a log line."""
+    if not names:
+        return "none"
+    num_more = len(names) - MAX_NAMES
+    # An edge chooses these names: limit their length, and escape line breaks by `repr`.
+    listed = ", ".join(repr(name[:MAX_NAME_CHARACTERS]) for name in names[:MAX_NAMES])
+    return f"{listed} and {num_more} more" if num_more > 0 else listed
 
 
 def initialise(model: nn.Module, seed: int) -> StateDict:
-    """Draw new initial weights for a model, leaving it and the global generator as they are.
+    """Draw new initial weights for a model; the model and the global generator stay unchanged.
 
-    Every submodule with a `reset_parameters` method, PyTorch's convention, is reset, or with the
-    `_reset_parameters` of its attention; a bare `nn.Parameter` elsewhere keeps the value it has.
+    Every submodule with a `reset_parameters` method, PyTorch's convention, is reset. So is every
+    attention module, whose method is called `_reset_parameters`. An `nn.Parameter` of any other
+    module keeps its value.
     """
     fresh = copy.deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: GPUs' are not forked here
-        # Attention sets weights of its parts after they did: so last, and from the inside out.
+        # `torch.manual_seed` would also seed the GPUs, whose generators are not forked here.
+        torch.default_generator.manual_seed(seed)
+        # An attention module initialises the weights of its submodules again: reset these modules
+        # last, inner modules before outer ones.
         attention = reversed(_methods(fresh, "_reset_parameters"))
         for reset in (*_methods(fresh, "reset_parameters"), *attention):
             reset()
@@ -143,11 +163,11 @@ def initialise(model: nn.Module, seed: int) -> StateDict:
 
 
 def _methods(model: nn.Module, name: str) -> list[Callable[[], None]]:
-    found = [getattr(module, name, None) for module in model.modules()]
-    return [method for method in found if callable(method)]
+    attributes = [getattr(module, name, None) for module in model.modules()]
+    return [attribute for attribute in attributes if callable(attribute)]
 
 
 def seeded(model: nn.Module, seed: int) -> nn.Module:
-    """Give a model the weights that `seed` determines and return it."""
+    """Give a model the initial weights that `seed` determines and return the model."""
     model.load_state_dict(initialise(model, seed))
     return model

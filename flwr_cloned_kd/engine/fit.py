@@ -1,6 +1,6 @@
 """One training loop for every phase and baseline."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from .ensemble import Ensemble, size
 from .inputs import Dataset, FiniteViews
 from .lanes import Lane, lanes
 from .losses import Batch, Loss, Targets, cross_entropy
+from .progress import Progress
 from .recipe import Epoch, Recipe, fold_in
-from .runtime import Plan, Progress, Runtime, samples_at_once, settings
-from .step import Outcome, Run, Step, recorded
+from .runtime import Plan, Runtime, samples_at_once, settings
+from .step import Outcome, RecordedStep, Step, StepFunction
 
 
 def fit(
@@ -29,19 +30,19 @@ def fit(
 ) -> Ensemble:
     """Train every clone of an ensemble on one dataset, each with batches of its own.
 
-    Clone e draws its shuffles and augmentations from `fold_in(seed, e)` alone, so that it ends
-    the same whether it trains beside others or by itself; but dropout draws for all clones
-    in turn, and `Recipe.stop` ends them together.
+    Clone e draws its shuffles and augmentations from `fold_in(seed, e)` alone. Its result is
+    therefore the same beside other clones and by itself, with two exceptions: dropout draws for
+    all clones in turn, and `Recipe.stop` ends all clones together.
 
     Args:
         model: the architecture; its own weights are neither read nor written.
-        ensemble: `[E, ...]` starts; E = 1 trains a single model.
+        ensemble: the starts `[E, ...]`; E = 1 trains a single model.
         dataset: inputs `[N, ...]` and labels `[N]`.
         loss: (logits, batch) -> scalar.
-        targets: batch -> what the teachers say of it, `batch.targets` for the loss.
-        view_seed: draw the views of a finite augmentation from this seed and the epoch's number
-            instead, the same for every clone; see `epoch_views`.
-        phase: what the progress lines call it.
+        targets: batch -> targets of the teachers, which become `batch.targets` for the loss.
+        view_seed: draw the views of a finite augmentation from this seed and the number of the
+            epoch, the same views for every clone; see `epoch_views`. None draws them from `seed`.
+        phase: name of the phase in the progress lines.
 
     Returns:
         The trained ensemble, `[E, ...]`, on the CPU.
@@ -52,13 +53,16 @@ def fit(
     """
     inputs, labels = (tensor.to(runtime.target) for tensor in dataset)
     if not len(inputs) or len(inputs) != len(labels):
-        raise ValueError(f"dataset: expected inputs and labels of one length above 0, "
-                         f"got {len(inputs)} and {len(labels)}")  # fmt: skip
-    num_clones, num_batches = size(ensemble), len(_split(len(inputs), recipe.batch_size))
+        raise ValueError(
+            "dataset: expected inputs and labels of one length above 0, "
+            f"got {len(inputs)} and {len(labels)}"
+        )
+    num_clones = size(ensemble)
+    num_batches = len(_batch_sizes(len(inputs), recipe.batch_size))
     generators = [torch.Generator().manual_seed(fold_in(seed, e)) for e in range(num_clones)]
     progress = Progress(runtime.log, phase, recipe.epochs, num_clones * len(inputs))
     with settings(runtime, seed):
-        parts, chosen = lanes(
+        clone_lanes, plan = lanes(
             model,
             ensemble,
             inputs,
@@ -67,65 +71,78 @@ def fit(
             batch_size=recipe.batch_size,
             num_samples=num_clones * len(inputs) * recipe.epochs,
         )
-        if not parts[0].leaves:
+        if not clone_lanes[0].leaves:
             raise ValueError("model: expected a parameter that requires a gradient, got none")
-        step = _step(parts, recipe, loss, num_clones, chosen)
+        step = make_step(clone_lanes, recipe, loss, num_clones, plan)
         history = list[Epoch]()
         for epoch in range(recipe.epochs):
             feeds = [
-                _epoch(inputs, labels, recipe, generator, epoch, view_seed)
+                _epoch_batches(inputs, labels, recipe, generator, epoch, view_seed)
                 for generator in generators
             ]
             meter = _Meter(recipe.stop is not None)
             for index, batches in enumerate(zip(*feeds)):
                 if targets is not None:
                     batches = tuple(b._replace(targets=targets(b)) for b in batches)
-                taken = (epoch * num_batches + index) / (recipe.epochs * num_batches)
-                lr = recipe.lr * recipe.schedule(taken)
+                share_done = (epoch * num_batches + index) / (recipe.epochs * num_batches)
+                lr = recipe.lr * recipe.schedule(share_done)
                 meter.add(step(batches, lr), batches)
                 progress.step(epoch, (index + 1) / num_batches)
             if recipe.stop is not None:
                 history.append(meter.epoch())
                 if recipe.stop(history):
                     break
-        found = [part.read() for part in parts]
-    return {name: torch.cat([part[name] for part in found]).cpu() for name in ensemble}
+        parts = [lane.read() for lane in clone_lanes]
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in ensemble}
 
 
-def forward(
-    model: nn.Module,
-    ensemble: Ensemble,
-    runtime: Runtime = Runtime(),
-    *,
-    batch_size: int | None = None,
-    num_samples: int = 0,
-) -> Callable[[Tensor], Tensor]:
-    """Return inputs `[B, ...]` -> logits `[E, B, C]` of the whole ensemble in evaluation mode.
+class Predictor:
+    """A whole ensemble in evaluation mode: inputs `[B, ...]` -> logits `[E, B, C]`.
+
+    The models are put on the device at the first call, because its inputs are needed to choose the
+    way to run them.
 
     Args:
         batch_size: B of most calls; None is `samples_at_once`.
-        num_samples: about how many inputs will pass, for the choice of the fastest way.
+        num_samples: approximate number of inputs over all calls, for the choice of the fastest way.
     """
-    parts: list[Lane] = []
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ensemble: Ensemble,
+        runtime: Runtime = Runtime(),
+        *,
+        batch_size: int | None = None,
+        num_samples: int = 0,
+    ) -> None:
+        self._model = model
+        self._ensemble = ensemble
+        self._runtime = runtime
+        self._batch_size = batch_size
+        self._num_samples = num_samples
+        self._lanes: list[Lane] | None = None
 
     @torch.no_grad()
-    def call(inputs: Tensor) -> Tensor:
-        inputs = inputs.to(runtime.target)
-        if not parts:
-            found, _ = lanes(
-                model,
-                ensemble,
-                inputs,
-                runtime,
-                training=False,
-                batch_size=batch_size or samples_at_once(runtime.target, inputs),
-                num_samples=num_samples * size(ensemble),
-            )
-            parts.extend(found)
-        views = inputs.expand(size(ensemble) // len(parts), *inputs.shape)
-        return torch.cat([part.forward(views) for part in parts])
+    def __call__(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self._runtime.target)
+        if self._lanes is None:
+            self._lanes = self._make_lanes(inputs)
+        clones_per_lane = size(self._ensemble) // len(self._lanes)
+        views = inputs.expand(clones_per_lane, *inputs.shape)
+        return torch.cat([lane.forward(views) for lane in self._lanes])
 
-    return call
+    def _make_lanes(self, inputs: Tensor) -> list[Lane]:
+        clone_lanes, _ = lanes(
+            self._model,
+            self._ensemble,
+            inputs,
+            self._runtime,
+            training=False,
+            batch_size=self._batch_size or samples_at_once(self._runtime.target, inputs),
+            num_samples=self._num_samples * size(self._ensemble),
+        )
+        return clone_lanes
 
 
 def predict(
@@ -139,9 +156,11 @@ def predict(
     """Compute the logits `[E, N, C]` of every clone for inputs `[N, ...]`, on the CPU."""
     batch_size = batch_size or samples_at_once(runtime.target, inputs)
     with settings(runtime, 0):
-        call = forward(model, ensemble, runtime, batch_size=batch_size, num_samples=len(inputs))
-        parts = [call(part).cpu() for part in torch.split(inputs, batch_size)]
-        return torch.cat(parts, dim=1)
+        logits_of = Predictor(
+            model, ensemble, runtime, batch_size=batch_size, num_samples=len(inputs)
+        )
+        logits = [logits_of(part).cpu() for part in torch.split(inputs, batch_size)]
+        return torch.cat(logits, dim=1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -150,23 +169,29 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def epoch_views(augment: FiniteViews, num_images: int, view_seed: int, epoch: int) -> Tensor:
-    """Draw the view `[N]` of every image in one epoch, the same whenever it is asked for."""
+    """Draw the view `[N]` of every image in one epoch; the same arguments give the same views."""
     generator = torch.Generator().manual_seed(fold_in(view_seed, "views", epoch))
     return augment.draw(num_images, generator)
 
 
-def _step(parts: list[Lane], recipe: Recipe, loss: Loss, num_clones: int, chosen: Plan) -> Run:
-    step = Step(parts, recipe, loss, num_clones)
-    return recorded(step, torch.device(chosen.device)) if chosen.cuda_graphs else step
+def make_step(
+    clone_lanes: list[Lane], recipe: Recipe, loss: Loss, num_clones: int, plan: Plan
+) -> StepFunction:
+    """Make the optimisation step that a plan chose: a plain or a recorded one."""
+    step = Step(clone_lanes, recipe, loss, num_clones)
+    if not plan.cuda_graphs:
+        return step
+    return RecordedStep(step.parallel, torch.device(plan.device))
 
 
-def _split(num_samples: int, batch_size: int) -> list[int]:
+def _batch_sizes(num_samples: int, batch_size: int) -> list[int]:
+    """Return the sizes of the batches of one epoch; a single left-over sample is skipped."""
     sizes = [batch_size] * (num_samples // batch_size)
-    rest = num_samples % batch_size
-    return [*sizes, rest] if rest > 1 or not sizes else sizes
+    num_left = num_samples % batch_size
+    return [*sizes, num_left] if num_left > 1 or not sizes else sizes
 
 
-def _epoch(
+def _epoch_batches(
     inputs: Tensor,
     labels: Tensor,
     recipe: Recipe,
@@ -174,22 +199,24 @@ def _epoch(
     epoch: int,
     view_seed: int | None,
 ) -> Iterator[Batch]:
-    augment, views = recipe.augment, None
+    """Draw the batches of one clone in one epoch."""
+    augment = recipe.augment
+    views = None
     order = torch.randperm(len(inputs), generator=generator)
     if isinstance(augment, FiniteViews):
-        # All draws of an epoch at once: a GPU then waits for the CPU once, not at every step.
+        # Draw all views of an epoch at once: a GPU then waits for the CPU once, not in every step.
         views = (
             augment.draw(len(inputs), generator)
             if view_seed is None
             else epoch_views(augment, len(inputs), view_seed, epoch)
         ).to(inputs.device)
-    sizes = _split(len(inputs), recipe.batch_size)
-    order = order[: sum(sizes)].to(inputs.device)
-    for several in torch.split(order, samples_at_once(inputs.device, inputs, recipe.batch_size)):
-        pixels = inputs[several]
+    order = order[: sum(_batch_sizes(len(inputs), recipe.batch_size))].to(inputs.device)
+    piece_size = samples_at_once(inputs.device, inputs, recipe.batch_size)
+    for piece in torch.split(order, piece_size):
+        pixels = inputs[piece]
         if isinstance(augment, FiniteViews) and views is not None:
-            pixels = augment.view(pixels, views[several])
-        pairs = zip(*(torch.split(part, recipe.batch_size) for part in (several, pixels)))
+            pixels = augment.view(pixels, views[piece])
+        pairs = zip(*(torch.split(part, recipe.batch_size) for part in (piece, pixels)))
         for rows, x in pairs:
             y = labels[rows]
             if augment is not None and views is None:
@@ -200,16 +227,19 @@ def _epoch(
 
 
 class _Meter:
-    """Sums of one epoch, kept on the device and only where somebody will read them."""
+    """Loss and accuracy of one epoch, summed on the device, and only if they are needed."""
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted, self._sums, self._count = wanted, list[Tensor](), 0
+    def __init__(self, needed: bool) -> None:
+        self._needed = needed
+        self._sums = list[Tensor]()
+        self._count = 0
 
     def add(self, outcome: Outcome, batches: tuple[Batch, ...]) -> None:
-        if self._wanted:
+        if self._needed:
             labels = torch.stack([batch.labels for batch in batches])
-            loss = outcome.values.sum() * labels.shape[1]
-            self._sums.append(torch.stack([loss, (outcome.logits.argmax(-1) == labels).sum()]))
+            loss = outcome.losses.sum() * labels.shape[1]
+            num_correct = (outcome.logits.argmax(-1) == labels).sum()
+            self._sums.append(torch.stack([loss, num_correct]))
             self._count += labels.numel()
 
     def epoch(self) -> Epoch:

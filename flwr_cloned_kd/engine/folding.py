@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-TOLERANCE = 1e-3
+MAX_RELATIVE_ERROR = 1e-3
 """Relative to the largest logit; rounding in float32 stays below 1e-5."""
 
 
@@ -14,9 +14,10 @@ TOLERANCE = 1e-3
 def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
     """Return a model that predicts the same with fewer passes over memory, or the model itself.
 
-    Which normalisation takes what a convolution returns is seen by watching one pass, so that any
-    module will do. Somebody else may take it too, or a convolution may run twice: then the folded
-    model predicts something else on these inputs, and is dropped.
+    One forward pass with hooks finds the normalisation that gets the output of each convolution,
+    so no assumption on the structure of the module is needed. If another part gets that output
+    too, or if a convolution runs twice, the folded model predicts other logits for `inputs`. The
+    folded model is therefore compared with the module, and dropped if they differ.
 
     Args:
         module: in evaluation mode.
@@ -24,20 +25,20 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
     """
     pairs, expected = _watch(module, inputs)
     if not pairs or any(len(set(parts)) < len(pairs) for parts in zip(*pairs)):
-        return module  # a part of two pairs cannot be folded into both
+        return module  # a part that belongs to two pairs cannot be folded
     candidate = copy.deepcopy(module)
     for convolution, normalisation in pairs:
         parts = (candidate.get_submodule(name) for name in (convolution, normalisation))
         fused: nn.Module = fuse_conv_bn_eval(*parts)  # type: ignore[type-var, arg-type]
         candidate.set_submodule(convolution, fused)
         candidate.set_submodule(normalisation, nn.Identity())
-    worst = (candidate(inputs) - expected).abs().max()
-    same = bool(worst <= TOLERANCE * expected.abs().max())
-    return channels_last(candidate) if same else module
+    error = (candidate(inputs) - expected).abs().max()
+    is_equal = bool(error <= MAX_RELATIVE_ERROR * expected.abs().max())
+    return channels_last(candidate) if is_equal else module
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """Lay out a model's weights with the channels last, unless some are of convolutions in 3-D."""
+    """Store a model's weights with the channels last, unless it has weights of 3-D convolutions."""
     tensors = (*module.parameters(), *module.buffers())
     if any(tensor.dim() == 5 for tensor in tensors):
         return module
@@ -46,18 +47,17 @@ def channels_last(module: nn.Module) -> nn.Module:
 
 def _watch(module: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
     """Run a model; return the names of its (convolution, normalisation) pairs and its logits."""
-    made: list[tuple[Tensor, str]] = []
+    convolved: list[tuple[Tensor, str]] = []
     pairs: list[tuple[str, str]] = []
 
     def hook(name: str) -> object:
-        def see(part: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> None:
+        def record(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(part, nn.Conv2d):
-                made.append((found, name))
-            else:
-                # Nothing is given by position to a part that is called by keyword.
-                pairs.extend((conv, name) for tensor, conv in made if given and tensor is given[0])
+                convolved.append((output, name))
+            elif args:  # empty if the module is called with keyword arguments
+                pairs.extend((conv, name) for tensor, conv in convolved if tensor is args[0])
 
-        return see
+        return record
 
     handles = [
         part.register_forward_hook(hook(name))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a batch is drawn from, and what may be done to it."""
+"""Datasets, and the augmentation and label noise of a batch."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -10,13 +10,14 @@ from torch.nn import functional as F
 Dataset = tuple[Tensor, Tensor]
 """Images `[N, C, H, W]`, uint8 or any floating dtype, and labels `[N]`, int64.
 
-uint8 images stay so, a quarter of the memory, up to the model: give it their `moments`.
+uint8 images take a quarter of the memory of float32 images and are passed to the model as they are;
+the model standardises them with their `moments`.
 """
 
 
 @runtime_checkable
 class FiniteViews(Protocol):
-    """An augmentation with a finite number of views: what a teacher says of one can be kept."""
+    """An augmentation with a finite number of views, so the targets of every view can be kept."""
 
     def draw(self, num_images: int, generator: torch.Generator) -> Tensor:
         """Draw view numbers `[num_images]`."""
@@ -36,7 +37,7 @@ class CropAndFlip:
 
     Args:
         pad: pixels of padding on every side, and so the largest shift.
-        flip: False for images that mean something else in the mirror, such as digits.
+        flip: False for images whose class changes in a mirror, such as digits.
     """
 
     pad: int = 4
@@ -44,7 +45,7 @@ class CropAndFlip:
 
     @property
     def num_views(self) -> int:
-        """How many different views one image has."""
+        """Number of different views of one image."""
         return (1 + self.flip) * (2 * self.pad + 1) ** 2
 
     def draw(self, num_images: int, generator: torch.Generator) -> Tensor:
@@ -52,10 +53,11 @@ class CropAndFlip:
         return torch.randint(self.num_views, (num_images,), generator=generator)
 
     def view(self, images: Tensor, views: Tensor) -> Tensor:
-        """Return view `views[i]` of image i: `[B, C, H, W]` to the same."""
+        """Return view `views[i]` of image i, for images `[B, C, H, W]`, in the same shape."""
         height, width = images.shape[-2:]
         side = 2 * self.pad + 1
-        shift, flip = views % side**2, (views >= side**2)
+        shift = views % side**2
+        flip = views >= side**2
         rows = shift[:, None] // side + torch.arange(height, device=views.device)
         columns = shift[:, None] % side + torch.arange(width, device=views.device)
         columns = torch.where(flip[:, None], columns.flip(1), columns)
@@ -75,7 +77,7 @@ def shuffle_labels(labels: Tensor, generator: torch.Generator, *, p: float = 1.0
     """Make an edge noisy: with probability `p` permute the labels `[B]` of a batch (Sec. 5.3).
 
     Args:
-        p: fraction of batches, in [0, 1]; 0 leaves every batch as it is.
+        p: fraction of batches whose labels are permuted, in [0, 1].
 
     Raises:
         ValueError: if `p` is out of range.

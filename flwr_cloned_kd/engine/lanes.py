@@ -1,4 +1,4 @@
-"""The two ways to run an ensemble: every clone by itself, or all of them in one pass."""
+"""The two ways to run an ensemble: each clone by itself, or all clones in one pass."""
 
 import copy
 from collections.abc import Callable
@@ -16,12 +16,13 @@ from .runtime import Plan, Runtime, is_small, plan
 
 
 class Lane(NamedTuple):
-    """Clones that share a forward pass: all of them, or a single one."""
+    """Clones that share a forward pass: all clones, or a single one."""
 
     leaves: list[Tensor]
     forward: Callable[[Tensor], Tensor]
     """`[k, B, ...]` -> logits `[k, B, C]`, float32, for the k clones of this lane."""
     read: Callable[[], Ensemble]
+    """Return the present state of these clones, `[k, ...]`."""
 
 
 def lanes(
@@ -34,14 +35,17 @@ def lanes(
     batch_size: int,
     num_samples: int,
 ) -> tuple[list[Lane], Plan]:
-    """Put an ensemble on the device, in the way that the plan for it says.
+    """Put an ensemble on the device, in one lane or in one lane per clone, as planned.
 
     Args:
-        inputs: `[N, ...]`, the data or some of it.
-        batch_size: of all passes but the last of an epoch.
-        num_samples: that will pass, all clones and epochs counted.
+        inputs: `[N, ...]`, the data or a part of it.
+        batch_size: size of every batch but the last of an epoch.
+        num_samples: number of samples that will pass, over all clones and epochs.
+
+    Returns:
+        The lanes and the plan that they follow.
     """
-    decide = partial(
+    plan_for = partial(
         plan,
         model,
         inputs,
@@ -49,56 +53,60 @@ def lanes(
         num_samples=num_samples,
         training=training,
     )
-    chosen = decide(runtime)
+    chosen = plan_for(runtime)
     if chosen.batch_clones:
-        together = _together(model, ensemble, chosen, training)
-        if runtime.batch_clones or _can_batch(model, together, inputs[:2], size(ensemble)):
-            return [together], chosen
-        chosen = decide(replace(runtime, batch_clones=False))
-    each = [member(ensemble, index) for index in range(size(ensemble))]
-    shown = None if training or is_small(model) else inputs[:2]
-    return [_alone(model, params, chosen, training, batch_size, shown) for params in each], chosen
+        lane = _lane_of_all(model, ensemble, chosen, training)
+        if runtime.batch_clones or _can_batch(model, lane, inputs[:2], size(ensemble)):
+            return [lane], chosen
+        chosen = plan_for(replace(runtime, batch_clones=False))
+    fold_inputs = None if training or is_small(model) else inputs[:2]
+    return [
+        _lane_of_one(model, member(ensemble, index), chosen, training, batch_size, fold_inputs)
+        for index in range(size(ensemble))
+    ], chosen
 
 
 def _can_batch(model: nn.Module, lane: Lane, inputs: Tensor, num_clones: int) -> bool:
-    """Try what vmap cannot do (an LSTM, dropout): it says so at the first call."""
+    """Return whether vmap can run a model, by trying; it cannot run an LSTM or dropout."""
     if len(list(model.parameters())) != len(list(model.named_parameters(remove_duplicate=False))):
-        return False  # tied weights would come apart
+        return False  # the copies of tied weights would not stay equal
     before = {name: tensor.clone() for name, tensor in lane.read().items()}
     try:
         with torch.no_grad():
             lane.forward(inputs.expand(num_clones, *inputs.shape))
     except RuntimeError:
         return False
-    with torch.no_grad():  # the statistics of batch normalisation have moved
+    with torch.no_grad():  # the trial changed the statistics of batch normalisation
         for name, tensor in lane.read().items():
             tensor.copy_(before[name])
     return True
 
 
-def _alone(
+def _lane_of_one(
     model: nn.Module,
     params: StateDict,
     chosen: Plan,
     training: bool,
     batch_size: int,
-    shown: Tensor | None,
+    fold_inputs: Tensor | None,
 ) -> Lane:
+    """Put one clone on the device; with `fold_inputs`, fold its normalisation where possible."""
     module = _template(model, chosen, training)
     module.load_state_dict(params)
     channels_last(module)
-    if shown is not None:
-        module = folded(module, shown)
-    # Static shapes: the smaller last batch of an epoch runs uncompiled instead of compiling anew.
+    if fold_inputs is not None:
+        module = folded(module, fold_inputs)
+    # The shapes are static: the smaller last batch of an epoch runs uncompiled, because compiling
+    # the model again for it would take longer.
     compiled = torch.compile(module, dynamic=False) if chosen.compile else module
 
     def run(inputs: Tensor) -> Tensor:
         x = inputs[0]
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        call = compiled if len(x) == batch_size else module
+        logits_of = compiled if len(x) == batch_size else module
         with torch.autocast(x.device.type, torch.bfloat16, enabled=chosen.bf16):
-            logits: Tensor = call(x)
+            logits: Tensor = logits_of(x)
         return logits.float().unsqueeze(0)
 
     def read() -> Ensemble:
@@ -107,21 +115,21 @@ def _alone(
     return Lane([p for p in module.parameters() if p.requires_grad], run, read)
 
 
-def _together(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: bool) -> Lane:
+def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: bool) -> Lane:
     module = _template(model, chosen, training)
     state = {name: tensor.to(chosen.device, copy=True) for name, tensor in ensemble.items()}
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     leaves = [state[name].requires_grad_(training) for name in trained]
 
-    def one(params: StateDict, x: Tensor) -> Tensor:
+    def logits_of_one(params: StateDict, x: Tensor) -> Tensor:
         logits: Tensor = functional_call(module, params, (x,))
         return logits
 
-    call = vmap(one)
+    logits_of_all = vmap(logits_of_one)
 
     def run(inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=chosen.bf16):
-            logits: Tensor = call(state, inputs)
+            logits: Tensor = logits_of_all(state, inputs)
         return logits.float()
 
     return Lane(leaves, run, lambda: {name: tensor.detach() for name, tensor in state.items()})

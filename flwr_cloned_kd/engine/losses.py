@@ -9,18 +9,18 @@ from torch.nn import functional as F
 
 
 class Batch(NamedTuple):
-    """What one optimisation step of one clone sees."""
+    """The samples of one optimisation step of one clone."""
 
     inputs: Tensor
     """`[B, ...]`, augmented."""
     labels: Tensor
     """`[B]`, int64."""
     rows: Tensor
-    """`[B]`, which rows of the dataset these are."""
+    """`[B]`, the row numbers of the samples in the dataset."""
     epoch: int = 0
     """Counted from 0."""
     targets: Tensor | None = None
-    """`[B, C]`, what the teachers say, where there are any."""
+    """`[B, C]`, the target of all teachers; None without teachers."""
 
 
 Loss = Callable[[Tensor, Batch], Tensor]
@@ -38,13 +38,13 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 def soft_target(logits: Tensor, weights: Sequence[float], temperature: float) -> Tensor:
     """Fold the predictions of K teachers into one target: sum_k w_k softmax(f_k / t).
 
-    The gradient of `KL(p || q)` by the student's q depends on the teacher's p linearly, so this one
-    `[B, C]` target stands for K separate divergences, exactly.
+    The gradient of `KL(p || q)` with respect to the student's q is linear in the teacher's p.
+    One `[B, C]` target therefore replaces K separate divergences exactly.
 
     Args:
-        logits: `[K, B, C]`.
-        weights: K of them; Eq. (2) gives every clone of an ensemble 1/E, so that each row of
-            the target sums to the number of ensembles.
+        logits: logits of the teachers, `[K, B, C]`.
+        weights: one weight per teacher. Eq. (2) gives every clone of an ensemble 1/E, so that each
+            row of the target sums to the number of ensembles.
     """
     scale = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
     return torch.einsum("k,kbc->bc", scale, (logits / temperature).softmax(-1))
@@ -53,13 +53,14 @@ def soft_target(logits: Tensor, weights: Sequence[float], temperature: float) ->
 def distillation(temperature: float, student_temperature: float | None = None) -> Loss:
     """L_distill of Eq. (2): cross entropy + t^2 sum_k w_k KL(teacher_k || student).
 
-    The teachers come as `batch.targets`. Their entropy, which no student can change, is left out:
-    the value is that of Eq. (2) up to a constant of the batch, its gradient exactly Eq. (2)'s.
+    `batch.targets` holds the target of all teachers. The entropy of the teachers, which does not
+    depend on the student, is left out. The loss therefore differs from Eq. (2) by a constant of
+    the batch, and its gradient is exactly that of Eq. (2).
 
     Args:
-        temperature: t of Eq. (1), above 0; the targets were divided by it.
-        student_temperature: what divides the student's logits; None is the teachers'
-            temperature (Hinton et al. 2015), 1.0 is Eq. (1) as it is printed.
+        temperature: t of Eq. (1), above 0; the logits of the teachers were divided by it.
+        student_temperature: divisor of the student's logits; None is the temperature of the
+            teachers (Hinton et al. 2015), 1.0 is Eq. (1) as printed.
     """
     divisor = temperature if student_temperature is None else student_temperature
 

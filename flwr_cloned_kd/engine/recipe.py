@@ -1,4 +1,4 @@
-"""What changes a result: seeds, schedules, stops, and the recipe of one phase."""
+"""Seeds, schedules, stopping rules and the recipe of one phase: what changes a result."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,23 +12,24 @@ from torch import Tensor
 
 def fold_in(seed: int, *path: int | str) -> int:
     """Derive the seed of one purpose from the seed of a run: 63 bits, by SHA-256 of the path."""
-    # NumPy's integers and strings are written in another way than Python's.
+    # The `repr` of a NumPy integer or string differs from that of the same Python value.
     plain = (str(part) if isinstance(part, str) else index(part) for part in path)
     digest = hashlib.sha256(repr((int(seed), *plain)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def step_decay(progress: float) -> float:
-    """Scale the learning rate by 1, 0.1 from 1/2 on, 0.01 from 3/4 on (He et al. 2016).
+    """Return the factor of the learning rate: 1, then 0.1 and 0.01 (He et al. 2016).
 
     Args:
-        progress: share of the steps already taken, in [0, 1).
+        progress: share of the steps already taken, in [0, 1). The factor becomes 0.1 at 1/2 and
+            0.01 at 3/4.
     """
     return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
 
 
 class Epoch(NamedTuple):
-    """Means over the samples of one epoch, as they were trained on, over all clones."""
+    """Mean loss and accuracy over the training samples of one epoch and over all clones."""
 
     loss: float
     accuracy: float
@@ -36,7 +37,11 @@ class Epoch(NamedTuple):
 
 @dataclass(frozen=True)
 class AccuracyReached:
-    """Stop once an epoch's training accuracy reaches a fraction: Phase 1's learning threshold."""
+    """Stop when the training accuracy of an epoch reaches the learning threshold (Phase 1).
+
+    Args:
+        threshold: a fraction, in [0, 1].
+    """
 
     threshold: float
 
@@ -46,11 +51,11 @@ class AccuracyReached:
 
 @dataclass(frozen=True)
 class Plateau:
-    """Stop once the loss has not improved on its best for some epochs: Phase 2's convergence.
+    """Stop when the loss has not improved on its minimum for some epochs (Phase 2).
 
     Args:
-        patience: epochs, at least 1.
-        min_improvement: the smallest fall of the loss that counts.
+        patience: number of epochs without improvement, at least 1.
+        min_improvement: the smallest decrease of the loss that is an improvement.
 
     Raises:
         ValueError: if `patience` is below 1.
@@ -71,20 +76,21 @@ class Plateau:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one phase trains: everything here changes the result.
+    """How one phase trains; every option changes the result.
 
     The defaults are the original ResNet schedule for CIFAR (He et al. 2016, Sec. 4.2), which the
     paper keeps in every phase.
 
     Args:
-        epochs: passes over the phase's own data, at least 1.
-        batch_size: the last batch of an epoch may be smaller; a single left-over sample is
-            skipped, since batch normalisation cannot train on it.
-        schedule: share of the steps taken, in [0, 1) -> factor of `lr`.
-        augment: (inputs `[B, ...]`, generator) -> inputs; None is none.
-        label_noise: (labels `[B]`, generator) -> labels; None is none. For noisy edges.
-        proximal_mu: FedProx's mu (Li et al. 2020), pulling towards the start; 0 is none.
-        stop: the epochs so far -> whether to end early; None trains all `epochs`.
+        epochs: passes over the data of the phase, at least 1.
+        batch_size: the last batch of an epoch may be smaller. A single left-over sample is
+            skipped, because batch normalisation cannot train on one sample.
+        schedule: share of the steps already taken, in [0, 1) -> factor of `lr`.
+        augment: (inputs `[B, ...]`, generator) -> inputs; None: no augmentation.
+        label_noise: (labels `[B]`, generator) -> labels, for noisy edges; None: no noise.
+        proximal_mu: mu of FedProx (Li et al. 2020), the weight of the term that pulls the weights
+            towards their start; 0: no such term.
+        stop: epochs so far -> True to stop; None trains all `epochs`.
 
     Raises:
         ValueError: for a number out of range.

@@ -1,7 +1,7 @@
 """One optimisation step of all clones, and its recording as a CUDA graph."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,142 +12,143 @@ from .losses import Batch, Loss
 from .recipe import Recipe
 
 WARM_UP_STEPS = 3
+"""Plain steps before the recording."""
 
 
 class Outcome(NamedTuple):
-    """What a step saw."""
+    """The logits and losses of a step, from before its update."""
 
     logits: Tensor
     """`[E, B, C]`."""
-    values: Tensor
-    """`[E]`, each clone's loss."""
+    losses: Tensor
+    """`[E]`, one loss per clone."""
 
 
-Run = Callable[[Sequence[Batch], float | Tensor], Outcome]
-"""(one batch per clone, learning rate) -> what it saw; the weights move."""
+StepFunction = Callable[[Sequence[Batch], float | Tensor], Outcome]
+"""(one batch per clone, learning rate) -> outcome; a call updates the weights."""
 
 
 class Step:
     """Forward, loss, backward and update of every clone."""
 
     def __init__(self, lanes: Sequence[Lane], recipe: Recipe, loss: Loss, num_clones: int) -> None:
-        self._lanes, self._loss, self._mu = lanes, loss, recipe.proximal_mu
-        self._width = num_clones // len(lanes)
+        self._lanes = lanes
+        self._loss = loss
+        self._mu = recipe.proximal_mu
+        self._clones_per_lane = num_clones // len(lanes)
         self._optimisers = [_sgd(lane.leaves, recipe) for lane in lanes]
         self._starts = [[leaf.detach().clone() for leaf in lane.leaves] for lane in lanes]
         self._streams: list[torch.cuda.Stream] = []
 
     def __call__(self, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
-        return _joined([self._lane(index, batches, lr) for index in range(len(self._lanes))])
+        return _joined([self._step_lane(index, batches, lr) for index in range(len(self._lanes))])
 
     def parallel(self, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
-        """Do the same with every lane on a CUDA stream of its own.
+        """Do the same step with every lane on a CUDA stream of its own.
 
-        The streams are made once. cuBLAS keeps a workspace for each stream and makes it when the
-        stream is first used: if that happened while a graph is recorded, the workspace would lie
-        in the memory of the graph.
+        The streams are made once. cuBLAS allocates a workspace for a stream when the stream is
+        first used. If that happened during the recording of a graph, the workspace would lie in the
+        memory of the graph.
         """
-        current, seen = torch.cuda.current_stream(), []
+        current = torch.cuda.current_stream()
+        outcomes = []
         if not self._streams:
             self._streams = [torch.cuda.Stream() for _ in self._lanes]  # type: ignore[no-untyped-call]
         for index, stream in enumerate(self._streams):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                seen.append(self._lane(index, batches, lr))
+                outcomes.append(self._step_lane(index, batches, lr))
         for stream in self._streams:
             current.wait_stream(stream)
-        return _joined(seen)
+        return _joined(outcomes)
 
-    def _lane(self, index: int, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
-        lane, optimiser = self._lanes[index], self._optimisers[index]
-        mine = batches[index * self._width : (index + 1) * self._width]
-        logits = lane.forward(torch.stack([batch.inputs for batch in mine]))
-        values = torch.stack([self._loss(*pair) for pair in zip(logits, mine)])
+    def _step_lane(self, index: int, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
+        lane = self._lanes[index]
+        optimiser = self._optimisers[index]
+        first = index * self._clones_per_lane
+        lane_batches = batches[first : first + self._clones_per_lane]
+        logits = lane.forward(torch.stack([batch.inputs for batch in lane_batches]))
+        losses = torch.stack([self._loss(*pair) for pair in zip(logits, lane_batches)])
         optimiser.zero_grad()
-        values.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()  # type: ignore[no-untyped-call]
         if self._mu:
-            _pull(lane.leaves, self._starts[index], self._mu)
+            _add_proximal_gradient(lane.leaves, self._starts[index], self._mu)
         optimiser.param_groups[0]["lr"] = lr
         optimiser.step()
-        return Outcome(logits.detach(), values.detach())
+        return Outcome(logits.detach(), losses.detach())
 
 
-class Recorded:
-    """A step that is recorded once and then replayed, so that no kernel is launched by itself.
+class RecordedStep:
+    """A step that is recorded once as a CUDA graph and then replayed, which saves kernel launches.
 
-    The first steps run as they are, to warm up; the next one is recorded. Batches of another size
-    (the last of an epoch) are never recorded.
+    The first steps run as plain steps, to warm up; the next one is recorded. Batches of another
+    size (the last of an epoch) always run as plain steps.
 
     Args:
-        step: what to record.
-        record: (function) -> (replay, outcome); the function runs when replayed, not when
-            recorded, and every replay overwrites the outcome.
-        aside: a context in which to warm up.
-        device: where the learning rate is kept.
+        step: the step to record.
+        device: the device that holds the learning rate.
     """
 
-    def __init__(
-        self,
-        step: Run,
-        record: Callable[[Callable[[], Outcome]], tuple[Callable[[], None], Outcome]],
-        aside: Callable[[], AbstractContextManager[None]],
-        device: torch.device,
-    ) -> None:
-        self._step, self._record, self._aside = step, record, aside
+    def __init__(self, step: StepFunction, device: torch.device) -> None:
+        self._step = step
         self._lr = torch.zeros((), device=device)
         self._fixed: list[Batch] = []
-        self._recorded: tuple[Callable[[], None], Outcome] | None = None
+        self._recording: tuple[Callable[[], None], Outcome] | None = None
         self._num_steps = 0
 
     def __call__(self, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
         if not self._fixed:
-            self._fixed = [_cloned(batch) for batch in batches]
+            self._fixed = [_copied(batch) for batch in batches]
         if len(batches[0].rows) != len(self._fixed[0].rows):
             return self._step(batches, lr)
         for fixed, batch in zip(self._fixed, batches):
-            for kept, given in zip(fixed, batch):
-                if isinstance(kept, Tensor) and isinstance(given, Tensor):
-                    kept.copy_(given)
+            for old, new in zip(fixed, batch):
+                if isinstance(old, Tensor) and isinstance(new, Tensor):
+                    old.copy_(new)
         self._lr.fill_(lr)
         self._num_steps += 1
         if self._num_steps <= WARM_UP_STEPS:
-            with self._aside():
+            with self.warming_up():
                 return self._step(self._fixed, self._lr)
-        if self._recorded is None:
-            self._recorded = self._record(lambda: self._step(self._fixed, self._lr))
-        replay, outcome = self._recorded
+        if self._recording is None:
+            self._recording = self.record(lambda: self._step(self._fixed, self._lr))
+        replay, outcome = self._recording
         replay()
         return outcome
 
+    def record(self, run: Callable[[], Outcome]) -> tuple[Callable[[], None], Outcome]:
+        """Record a function as a CUDA graph, whose parallel branches are the lanes.
 
-def recorded(step: Step, device: torch.device) -> Recorded:
-    """Record a step as a CUDA graph whose parallel branches are the lanes."""
-
-    def record(run: Callable[[], Outcome]) -> tuple[Callable[[], None], Outcome]:
+        Returns:
+            A function that replays the graph, and the outcome, which every replay overwrites. The
+            recorded function takes effect when it is replayed, not when it is recorded.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outcome = run()
         return graph.replay, outcome
 
     @contextmanager
-    def aside() -> Iterator[None]:
+    def warming_up(self) -> Iterator[None]:
+        """Run the block on a side stream, as CUDA graphs require for steps before a recording."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream().wait_stream(stream)
 
-    return Recorded(step.parallel, record, aside, device)
 
-
-def _cloned(batch: Batch) -> Batch:
+def _copied(batch: Batch) -> Batch:
     targets = None if batch.targets is None else batch.targets.clone()
     inputs, labels, rows = (part.clone() for part in batch[:3])
     return Batch(inputs, labels, rows, batch.epoch, targets)
 
 
-def _joined(seen: Sequence[Outcome]) -> Outcome:
-    return Outcome(torch.cat([s.logits for s in seen]), torch.cat([s.values for s in seen]))
+def _joined(outcomes: Sequence[Outcome]) -> Outcome:
+    return Outcome(
+        torch.cat([outcome.logits for outcome in outcomes]),
+        torch.cat([outcome.losses for outcome in outcomes]),
+    )
 
 
 def _sgd(leaves: list[Tensor], recipe: Recipe) -> torch.optim.SGD:
@@ -160,7 +161,7 @@ def _sgd(leaves: list[Tensor], recipe: Recipe) -> torch.optim.SGD:
     )
 
 
-def _pull(leaves: list[Tensor], starts: list[Tensor], mu: float) -> None:
+def _add_proximal_gradient(leaves: list[Tensor], starts: list[Tensor], mu: float) -> None:
     """Add the gradient of FedProx's mu/2 |w - w_start|^2."""
     for leaf, start in zip(leaves, starts):
         if leaf.grad is not None:

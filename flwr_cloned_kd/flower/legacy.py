@@ -26,7 +26,7 @@ from ..asynchronous.rounds import log_round
 from ..asynchronous.session import Dispatch, Session
 from ..engine.ensemble import StateDict, member
 from ..engine.losses import Batch, cross_entropy
-from ..io.messages import MOST_CHARACTERS, MOST_NAME_CHARACTERS, ensemble_of, num_bytes
+from ..io.messages import MAX_CHARACTERS, MAX_NAME_CHARACTERS, ensemble_of, num_bytes
 from ..method.core import Core, CoreState
 from ..method.variants import Send, cloned
 from .cloned_kd import ClonedKD
@@ -274,13 +274,13 @@ def content_of(
         if isinstance(failure, BaseException):
             lines = [line for line in str(failure).splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else type(failure).__name__
-            raise ValueError(f"expected a reply, got an error: {reason[:MOST_CHARACTERS]!r}")
+            raise ValueError(f"expected a reply, got an error: {reason[:MAX_CHARACTERS]!r}")
         replies.append(failure[1])
     if len(replies) != 1:
         raise ValueError(f"expected one answer, got {len(replies)}")
     reply = replies[0]
     if reply.status.code != Code.OK:
-        status = f"{reply.status.code.name}: {reply.status.message[:MOST_CHARACTERS]!r}"
+        status = f"{reply.status.code.name}: {reply.status.message[:MAX_CHARACTERS]!r}"
         raise ValueError(f"expected status OK, got {status}")
     claims: dict[str, Any] = {**reply.metrics, "num-examples": reply.num_examples}
     metrics = MetricRecord({k: v for k, v in claims.items() if type(v) in (int, float)})
@@ -295,7 +295,7 @@ def name_of(client: ClientProxy) -> str:
     except Exception:  # whatever the transport or the client raises; the client may still train
         return ""
     name = str(answer.properties.get("edge", "")) if answer.status.code == Code.OK else ""
-    return name[:MOST_NAME_CHARACTERS] if name.isprintable() else ""
+    return name[:MAX_NAME_CHARACTERS] if name.isprintable() else ""
 
 
 def _node_of(client: ClientProxy) -> int:

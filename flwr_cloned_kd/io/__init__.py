@@ -1,1 +1,1 @@
-"""Checked reading of what edges send and of what is on disk."""
+"""Checked reading of replies from edges and of files on disk."""

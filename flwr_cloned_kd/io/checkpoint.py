@@ -1,4 +1,4 @@
-"""Progress on disk: one safetensors file that is there whole or not at all. No pickle."""
+"""Progress on disk: one safetensors file, which is replaced as a whole. No pickle."""
 
 import hashlib
 import json
@@ -8,42 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KIND = "flwr-cloned-kd checkpoint"
 FORMAT = 1
-LONGEST_HEADER_BYTES = 2**30
 
 Tensors = dict[str, Tensor]
 Header = dict[str, Any]
 
 
 class Damaged(ValueError):
-    """The file is not what was written; an older one may be."""
+    """The file differs from what was written; the previous file may be intact."""
 
 
 def previous(path: Path) -> Path:
-    """Return where the file before the newest is kept."""
+    """Return the path of the file before the newest one."""
     return path.with_name(path.name + ".previous")
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
-    """Replace a checkpoint, keeping the one before it; safe against a kill at any instant.
+    """Replace a checkpoint and keep the one before it; safe against a kill at any instant.
 
     Raises:
-        OSError, SafetensorError: if the disk does not take it; then the old file is still there.
+        OSError, SafetensorError: if the file cannot be written; then the old file is unchanged.
     """
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    # The format sorts the tensors; but a model's order is what a NumPyClient goes by.
-    text = json.dumps({"order": list(own), "header": header})
-    metadata = {"kind": KIND, "format": str(FORMAT), "header": text, "sha256": digest(own, text)}
-    part, link = (path.with_name(path.name + suffix) for suffix in (".part", ".link"))
-    save_file(own, part, metadata)
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # safetensors sorts the tensors, but a NumPyClient identifies them by their order.
+    text = json.dumps({"order": list(copies), "header": header})
+    metadata = {
+        "kind": KIND,
+        "format": str(FORMAT),
+        "header": text,
+        "sha256": digest(copies, text),
+    }
+    part = path.with_name(path.name + ".part")
+    save_file(copies, part, metadata)
     _sync(part)
     if path.exists():
-        # A second name for the old file, so that at no instant there is none.
+        # The old file gets a second name first, so that one complete file exists at every instant.
+        link = path.with_name(path.name + ".link")
         link.unlink(missing_ok=True)
         try:
             os.link(path, link)
@@ -58,20 +63,18 @@ def read(path: Path) -> tuple[Tensors, Header]:
     """Read a checkpoint and check that every bit of it is what was written.
 
     Raises:
-        Damaged: if the file is truncated, altered or no checkpoint at all.
-        ValueError: if it is some other safetensors file, or of a newer format.
+        Damaged: if the file is truncated, altered or not a safetensors file.
+        ValueError: if it is another safetensors file, or of a newer format.
     """
-    metadata, num_bytes = _metadata(path)
+    metadata = _metadata(path)
     if metadata.get("kind") != KIND:
         raise ValueError(f"{path}: expected a {KIND}, got another kind of safetensors file")
     if metadata.get("format") != str(FORMAT):
-        found = str(metadata.get("format"))[:20]
-        raise ValueError(f"{path}: expected checkpoint format {FORMAT}, got {found}")
-    if path.stat().st_size != num_bytes:
-        found = f"got {path.stat().st_size}: it is truncated or was appended to"
-        raise Damaged(f"{path}: expected {num_bytes} bytes, {found}")
+        version = str(metadata.get("format"))[:20]
+        raise ValueError(f"{path}: expected checkpoint format {FORMAT}, got {version}")
     try:
-        tensors, text = load_file(path), metadata["header"]
+        tensors = load_file(path)
+        text = metadata["header"]
         content = json.loads(text)
         tensors = {name: tensors[name] for name in content["order"]}
         header = content["header"]
@@ -83,15 +86,16 @@ def read(path: Path) -> tuple[Tensors, Header]:
 
 
 def newest(path: Path) -> tuple[Tensors, Header, str] | None:
-    """Read the newest good checkpoint; None if there is none at all.
+    """Read the newest intact checkpoint; None without any file.
 
-    A damaged newest file is set aside under the name `.damaged`, if the previous one is good.
+    If the newest file is damaged and the previous one is intact, the newest file is renamed: its
+    name gets the suffix `.damaged`.
 
     Returns:
-        Tensors, header, and why it is the previous file, "" if it is not.
+        Tensors, header, and the reason for reading the previous file, "" for the newest file.
 
     Raises:
-        ValueError: saying which file, what was expected and what was found.
+        ValueError: if no file can be used; the message names the file.
     """
     before = previous(path)
     if not path.exists() and not before.exists():
@@ -104,44 +108,38 @@ def newest(path: Path) -> tuple[Tensors, Header, str] | None:
         if not before.exists():
             raise
         cause = str(damage)
-    found = read(before)
+    tensors, header = read(before)
     if path.exists():
-        # Else the next write would keep the damaged one as the previous.
+        # Otherwise the next write would keep the damaged file as the previous one.
         os.replace(path, path.with_name(path.name + ".damaged"))
-    return *found, cause
+    return tensors, header, cause
 
 
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Hash names, types, shapes and bits of all tensors, and the header."""
-    found = hashlib.sha256(text.encode())
+    """Hash a text and the names, types, shapes and bits of all tensors."""
+    sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        sha256.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         if tensor.numel():
-            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
-def _metadata(path: Path) -> tuple[dict[str, str], int]:
-    """Return the metadata of a safetensors file, and how many bytes it says to have."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if size <= LONGEST_HEADER_BYTES else b""
+def _metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; `safe_open` checks its header and its size."""
     try:
-        content = json.loads(text)
-        metadata = content.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in content.values()), default=0)
-        return dict(metadata), 8 + size + int(end)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        found = f"{path.stat().st_size} bytes without a readable header"
-        raise Damaged(f"{path}: expected a {KIND}, got {found}") from None
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise Damaged(f"{path}: expected a {KIND}, got {error}") from None
 
 
 def _sync(path: Path) -> None:
-    """Have the disk write a file, or the names in a folder, now."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open a folder
         return
     try:
         os.fsync(descriptor)
@@ -150,7 +148,7 @@ def _sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is either complete or not there."""
     part = path.with_suffix(path.suffix + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""How far two models agree on what they get right (Sec. 4.1, Fig. 4 and 6)."""
+"""Agreement of two models on the samples that they classify correctly (Sec. 4.1, Fig. 4 and 6)."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Venn:
-    """Shares of a held-out set by who classifies it correctly; fractions, in [0, 1].
+    """Shares of a held-out set that only one model, or both, classify correctly.
 
-    The rest, up to 1, neither gets right.
+    Fractions in [0, 1]; the remaining share is what neither model classifies correctly.
     """
 
     student_only: float
@@ -18,7 +18,7 @@ class Venn:
 
     @classmethod
     def of(cls, student: Tensor, teacher: Tensor) -> "Venn":
-        """Count from two boolean masks `[N]`: which samples each classifies correctly.
+        """Count from two boolean masks `[N]`: which samples each model classifies correctly.
 
         Raises:
             ValueError: if the masks are empty or differ in shape.
@@ -34,6 +34,6 @@ class Venn:
 
     @property
     def consensus(self) -> float:
-        """Prediction consensus: intersection over union, in [0, 1]; 0 if both get nothing right."""
+        """Prediction consensus: intersection over union, in [0, 1]; 0 for an empty union."""
         union = self.student_only + self.both + self.teacher_only
         return self.both / union if union else 0.0

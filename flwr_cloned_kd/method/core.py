@@ -1,4 +1,4 @@
-"""Algorithm 1 without a network: the core, what it knows, and how it learns from an edge."""
+"""Algorithm 1 without a network: the core, its state, and Phases 0 to 2."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,68 +18,29 @@ from ..engine.ensemble import (
 )
 from ..engine.fit import accuracy, fit, predict
 from ..engine.inputs import Dataset
-from ..engine.losses import Targets, distillation
+from ..engine.losses import Targets
+from ..engine.losses import distillation as distillation_loss
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
 from .consensus import Venn
-from .guards import Guard
-from .knowledge import Knowledge, Selection, StartRule
-from .targets import TargetBank, weighted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distillation:
-    """How a core learns from edges: Phase 2 (Eq. 1 and 2).
-
-    Args:
-        recipe: data passes, learning rate and augmentation of Phase 2.
-        temperature: t, above 0; both sides are divided by it and the KD term times t^2.
-        student_temperature: what divides the student's logits instead; None is `temperature`,
-            1.0 is Eq. (1) as printed.
-        memory_size: M of Eq. (2), ensembles that teach, the present one included; 1 is no memory.
-        mean_over_memory: average the KD terms of the memory instead of summing them (Eq. 2).
-        student_start: where the student starts, in [0, 1]: 0 at the core, 1 at the core plus the
-            clones' mean movement (for an edge that was sent this core: the clones' mean). A
-            function chooses in every round by what the core can measure on its own data.
-        core_as_teacher: let the core, as it was before this round, teach too.
-        selection: which samples a teacher teaches, and how much of each; None is all of all.
-
-    Raises:
-        ValueError: for a number out of range.
-    """
-
-    recipe: Recipe = field(default_factory=Recipe)
-    temperature: float = 4.0
-    student_temperature: float | None = None
-    memory_size: int = 3
-    mean_over_memory: bool = False
-    student_start: float | StartRule = 0.0
-    core_as_teacher: bool = False
-    selection: Selection | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "student_temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}: expected above 0, got {value}")
-        if self.memory_size < 1:
-            raise ValueError(f"memory_size: expected at least 1, got {self.memory_size}")
-        if not callable(self.student_start) and not 0 <= self.student_start <= 1:
-            raise ValueError(f"student_start: expected 0 to 1, got {self.student_start}")
+from .distillation import Distillation
+from .guards import Refuses
+from .knowledge import Knowledge
+from .targets import TargetBank, TargetCache, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
 class CoreState:
-    """The core's progress; frozen, each accepted edge makes a new one. Equal to itself only.
+    """The progress of a core. Each accepted edge makes a new state; a state equals only itself.
 
     Args:
         params: the core model.
         memory: temporal memory, ensembles of the latest edges, newest last (Sec. 4.3).
-        version: edges the core has learned from.
+        version: number of edges that the core has learned from.
         train_accuracy: the core's accuracy on its own data after Phase 0, if it was measured, and
             after each accepted edge; fractions in [0, 1].
-        memory_weights: the weight of each one's KD term, 1 unless it came late and was discounted;
-            empty is 1 for all.
+        memory_weights: the weight of the KD term of each ensemble in the memory, below 1 for an
+            edge that was late; empty is 1 for all.
     """
 
     params: StateDict
@@ -153,34 +114,60 @@ class CoreState:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Core:
-    """The service: a model, a small labelled dataset, and how to learn. Never changes.
+    """The service: a model, a small labelled dataset, and the options of its training.
+
+    A core does not change during a run; its progress is a `CoreState`. The one mutable part is
+    `target_cache`, which changes the speed and never the result.
+
+    >>> import torch
+    >>> from flwr_cloned_kd import Core, Distillation, Recipe, train_edge
+    >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
+    >>> recipe = Recipe(epochs=50, batch_size=2)
+    >>> phase2 = Distillation(recipe=recipe)
+    >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe, distillation=phase2)
+    >>> state = core.state(core.pretrain())
+    >>> edge = train_edge(core.model, state.params, data, recipe, num_clones=3)
+    >>> state, metrics = core.distill(state, edge)
+    >>> state.version, len(state.memory), metrics["accepted"], metrics["train-accuracy"]
+    (1, 1, 1.0, 1.0)
 
     Args:
-        model: the architecture; its weights are where Phase 0 starts.
+        model: the architecture; its weights are the start of Phase 0.
         dataset: the core data, inputs `[N, ...]` and labels `[N]`.
         recipe: Phase 0.
         distillation: Phase 2.
-        guard: may refuse a round by the core's training accuracy (Sec. 5.3); None accepts all.
+        guard: (history, training accuracy) -> True to refuse the round (Sec. 5.3); None accepts
+            every round.
         held_out: data on which accuracies and the consensus are measured; None measures none.
-        seed: determines every draw.
+        seed: the seed of every random draw.
         runtime: speed only.
+        target_cache: kept targets of the memory. A core made by `dataclasses.replace` shares it,
+            and uses the kept targets unless the model, the dataset, the distillation, the seed or
+            the runtime was replaced.
     """
 
     model: nn.Module
     dataset: Dataset
     recipe: Recipe = field(default_factory=Recipe)
     distillation: Distillation = field(default_factory=Distillation)
-    guard: Guard | None = None
+    guard: Refuses | None = None
     held_out: Dataset | None = None
     seed: int = 0
     runtime: Runtime = field(default_factory=Runtime)
-    _banks: list[TargetBank] = field(default_factory=list, init=False, repr=False)
+    target_cache: TargetCache = field(default_factory=TargetCache, repr=False)
 
     def pretrain(self, start: StateDict | None = None) -> StateDict:
-        """Phase 0: train on the core data, from `start` or else the weights the model has."""
-        ensemble = clone(self.model.state_dict() if start is None else start, 1)
-        seed = fold_in(self.seed, "phase-0")
-        return member(self._fit(ensemble, self.recipe, seed=seed, phase="Phase 0"), 0)
+        """Phase 0: train on the core data, from `start` or from the weights of the model."""
+        trained = fit(
+            self.model,
+            clone(self.model.state_dict() if start is None else start, 1),
+            self.dataset,
+            self.recipe,
+            seed=fold_in(self.seed, "phase-0"),
+            runtime=self.runtime,
+            phase="Phase 0",
+        )
+        return member(trained, 0)
 
     def distill(
         self, state: CoreState, edge: Ensemble, *, sent: StateDict | None = None, weight: float = 1
@@ -192,63 +179,52 @@ class Core:
         Args:
             state: the core before this round.
             edge: `[E, ...]`, as `as_ensemble` returns it.
-            sent: what the edge had been sent; None is `state.params`.
-            weight: of this edge's KD term, at least 0; below 1 for a late edge.
+            sent: the model that the edge was sent; None is `state.params`.
+            weight: weight of this edge's KD term, at least 0; below 1 for a late edge.
 
         Returns:
             The new state, or `state` itself if the guard refused the round; and the metrics
             "accepted" (1 or 0), "train-accuracy" (of the core, on core data), "known" (the share of
-            the core data that the ensemble classifies correctly), "student-start" (the part of the
+            the core data that the ensemble classifies correctly), "student-start" (the share of the
             clones' movement) and, with held-out data, "core-accuracy", "edge-accuracy" (mean of
             the clones), "ensemble-accuracy" and the `Venn` of the new core and the edge:
             "student-only", "both", "teacher-only", "consensus". Fractions in [0, 1].
 
         Raises:
-            ValueError: if the edge predicts, or the core would become, anything not finite; or
-                for a weight that is not at least 0.
+            ValueError: if a prediction of the edge or a weight of the new core is not finite, or if
+                `weight` is negative or not finite.
         """
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weight: expected at least 0, got {weight}")
-        how = self.distillation
-        before = state.memory_weights or (1.0,) * len(state.memory)
-        memory = (*state.memory, edge)[-how.memory_size :]
-        weights = (*before, weight)[-how.memory_size :]
+        memory_size = self.distillation.memory_size
+        weights_before = state.memory_weights or (1.0,) * len(state.memory)
+        memory = (*state.memory, edge)[-memory_size:]
+        weights = (*weights_before, weight)[-memory_size:]
         knowledge = self._knowledge(state.params, edge, sent)
-        answers = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
+        edge_logits = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
         share = self._share(knowledge)
-        student = _student_start(self.model, state.params, edge, sent, share)
-        targets = self._targets(state.params, memory, weights)
-        params = member(
-            self._fit(
-                clone(student, 1),
-                how.recipe,
-                loss=distillation(how.temperature, how.student_temperature),
-                targets=targets,
-                seed=fold_in(self.seed, "phase-2", state.version),
-                view_seed=fold_in(self.seed, "phase-2-views"),
-                phase="Phase 2",
-            ),
-            0,
+        student = student_start(self.model, state.params, edge, sent, share)
+        params = self._train_student(
+            student, self._targets(state.params, memory, weights), state.version
         )
         check_finite(params, "core after distillation: ")
-        trained = self.train_accuracy(params)
-        accepted = self.guard is None or not self.guard(state.train_accuracy, trained)
+        train_accuracy = self.train_accuracy(params)
+        refused = self.guard is not None and self.guard(state.train_accuracy, train_accuracy)
         metrics = {
-            "accepted": float(accepted),
-            "train-accuracy": trained,
+            "accepted": float(not refused),
+            "train-accuracy": train_accuracy,
             "known": knowledge.ensemble,
             "student-start": share,
         }
-        if answers is not None and self.held_out is not None:
-            metrics |= _compare(self.predictions(params), answers, self.held_out[1])
-        if not accepted:
+        if edge_logits is not None and self.held_out is not None:
+            metrics |= _compare(self.predictions(params), edge_logits, self.held_out[1])
+        if refused:
             return state, metrics
-        history = (*state.train_accuracy, trained)
-        new = CoreState(params, memory, state.version + 1, history, weights)
-        return new, metrics
+        history = (*state.train_accuracy, train_accuracy)
+        return CoreState(params, memory, state.version + 1, history, weights), metrics
 
     def state(self, params: StateDict) -> CoreState:
-        """Make the state of a core that has met no edge yet, with its Phase 0 accuracy."""
+        """Make the state of a core after Phase 0, with its training accuracy."""
         return CoreState(params, train_accuracy=(self.train_accuracy(params),))
 
     def train_accuracy(self, params: StateDict) -> float:
@@ -258,7 +234,7 @@ class Core:
         return float(accuracy(logits[0], labels))
 
     def held_out_accuracy(self, params: StateDict) -> float | None:
-        """Measure a core on the held-out data; a fraction in [0, 1], or None if there is none."""
+        """Measure a core on the held-out data; a fraction in [0, 1], None without such data."""
         if self.held_out is None:
             return None
         return float(accuracy(self.predictions(params), self.held_out[1]))
@@ -267,7 +243,7 @@ class Core:
         """Compute a core's logits `[N, C]` for the held-out data.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: without held-out data.
         """
         if self.held_out is None:
             raise ValueError("held_out: expected a dataset, got None")
@@ -284,7 +260,7 @@ class Core:
         target = (logits / self.distillation.temperature).softmax(-1).mean(0)
 
         def moved(share: float) -> float:
-            return self.train_accuracy(_student_start(self.model, core, edge, sent, share))
+            return self.train_accuracy(student_start(self.model, core, edge, sent, share))
 
         return Knowledge(float(accuracy(target, labels)), moved)
 
@@ -300,43 +276,54 @@ class Core:
     def _targets(
         self, core: StateDict, memory: tuple[Ensemble, ...], weights: tuple[float, ...]
     ) -> Targets:
-        how = self.distillation
-        kept = {id(bank.ensemble): bank for bank in self._banks}
-        teachers = [kept.get(id(ensemble)) or self._bank(ensemble) for ensemble in memory]
-        self._banks[:] = teachers  # not read again below: another thread may set them too
-        scale = 1 / len(memory) if how.mean_over_memory else 1.0
-        each = [scale * weight for weight in weights]
-        if how.core_as_teacher:
-            teachers, each = [*teachers, self._bank(clone(core, 1))], [*each, 1.0]
-        return weighted(teachers, each)
+        """Return the targets of Eq. (2): those of the memory and, if it is a teacher, the core."""
+        origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime)
+        teachers = self.target_cache.banks(memory, self._bank, origin)
+        scale = 1 / len(memory) if self.distillation.mean_over_memory else 1.0
+        scaled_weights = [scale * weight for weight in weights]
+        if self.distillation.core_as_teacher:
+            teachers = [*teachers, self._bank(clone(core, 1))]
+            scaled_weights = [*scaled_weights, 1.0]
+        return weighted_sum(teachers, scaled_weights)
 
     def _bank(self, ensemble: Ensemble) -> TargetBank:
-        how = self.distillation
+        distillation = self.distillation
+        max_teachers = distillation.memory_size + distillation.core_as_teacher
         return TargetBank(
             self.model,
             ensemble,
             self.dataset,
-            how.recipe,
-            view_seed=fold_in(self.seed, "phase-2-views"),
-            temperature=how.temperature,
-            selection=how.selection,
-            most_bytes=self.runtime.target_bytes // (how.memory_size + how.core_as_teacher),
+            distillation.recipe,
+            view_seed=self._view_seed,
+            temperature=distillation.temperature,
+            selection=distillation.selection,
+            max_bytes=self.runtime.target_bytes // max_teachers,
             runtime=self.runtime,
         )
 
-    def _fit(self, start: Ensemble, recipe: Recipe, **options: object) -> Ensemble:
-        return fit(
+    def _train_student(self, start: StateDict, targets: Targets, version: int) -> StateDict:
+        distillation = self.distillation
+        trained = fit(
             self.model,
-            start,
+            clone(start, 1),
             self.dataset,
-            recipe,
+            distillation.recipe,
+            loss=distillation_loss(distillation.temperature, distillation.student_temperature),
+            targets=targets,
+            seed=fold_in(self.seed, "phase-2", version),
+            view_seed=self._view_seed,
             runtime=self.runtime,
-            **options,  # type: ignore
+            phase="Phase 2",
         )
+        return member(trained, 0)
+
+    @property
+    def _view_seed(self) -> int:
+        return fold_in(self.seed, "phase-2-views")
 
 
 def edge_seed(seed: int, server_round: int) -> int:
-    """Derive the seed of Phase 1 in one round from the core's, the same with Flower and without."""
+    """Derive the seed of Phase 1 in one round from the seed of the core."""
     return fold_in(seed, "phase-1", server_round)
 
 
@@ -350,7 +337,7 @@ def train_edge(
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Ensemble:
-    """Phase 1: train clones of the core on private data, differing in batch sampling (Sec. 4.2).
+    """Phase 1: train clones of the core on private data; they differ in their batches (Sec. 4.2).
 
     Returns:
         The ensemble `[num_clones, ...]`.
@@ -366,18 +353,20 @@ def train_edge(
     )
 
 
-def _student_start(
+def student_start(
     model: nn.Module, core: StateDict, edge: Ensemble, sent: StateDict | None, share: float
 ) -> StateDict:
-    """Move the core by a share of the clones' mean movement from what they were sent.
+    """Move the core by a share of the clones' mean movement, measured from the model `sent`.
 
-    Buffers are interpolated towards the clones' mean instead: a difference could make a running
-    variance negative. Integer buffers, which count, stay the core's.
+    Buffers are interpolated between the core and the clones' mean instead, because adding a
+    difference could make a running variance negative. Integer buffers are counters and stay those
+    of the core.
     """
     if not share:
         return core
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    origin, start = sent or core, dict(core)
+    origin = sent or core
+    start = dict(core)
     for name, centre in mean(edge).items():
         if core[name].is_floating_point():
             base = origin[name] if name in trained else core[name]

@@ -1,4 +1,4 @@
-"""What ensembles teach, computed once and kept from epoch to epoch and from round to round."""
+"""Targets of teachers, computed once and kept from epoch to epoch and from round to round."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.ensemble import Ensemble, size
-from ..engine.fit import epoch_views, forward
+from ..engine.fit import Predictor, epoch_views
 from ..engine.inputs import Dataset, FiniteViews
 from ..engine.losses import Batch, Targets, soft_target
 from ..engine.recipe import Recipe
@@ -15,25 +15,27 @@ from .knowledge import Selection
 
 
 class TargetBank:
-    """The target of one ensemble: the mean of its clones' tempered predictions.
+    """The target of one ensemble: the mean of the tempered predictions of its clones.
 
-    With a selection, each row is multiplied by what the ensemble may teach of that sample. Row
-    sums below 1 need no change in the loss: the row stands for its divergence times the row's sum.
+    With a selection, each row of the target is multiplied by the weight of its sample. The loss
+    needs no change for rows that sum to less than 1: such a row stands for its divergence times
+    its sum.
 
-    With a finite augmentation the views of an epoch are those of `epoch_views`, the same in every
-    round: so the targets `[N, C]` of an epoch are computed at once, in order, and serve as long
-    as the ensemble stays in the memory; without augmentation one epoch's targets serve all. They
-    are float32, or float16 where the models run in bfloat16. Beyond `most_bytes`, and for an
-    augmentation that is any function, each batch is computed when it comes.
+    A finite augmentation has the same views in an epoch of every round, those of `epoch_views`. The
+    targets `[N, C]` of an epoch are therefore computed at once and used again as long as the
+    ensemble stays in the memory. Without augmentation the targets of one epoch serve all epochs.
+    Kept targets are float32, or float16 where the models run in bfloat16. The target of a batch is
+    computed on the spot if the targets of its epoch would exceed `max_bytes`, or if the
+    augmentation is not a finite one.
 
     Args:
         ensemble: `[E, ...]`.
         dataset: inputs `[N, ...]` and labels `[N]`, the data that batches are drawn from.
-        recipe: of the phase that learns: its epochs and augmentation.
-        view_seed: what `fit` is given.
+        recipe: the recipe of Phase 2; the bank uses its number of epochs and its augmentation.
+        view_seed: the `view_seed` that `fit` gets.
         temperature: t of Eq. (1), above 0.
-        most_bytes: of all kept targets.
-        selection: how much of each sample this ensemble teaches; None is all of every sample.
+        max_bytes: the limit for all kept targets together.
+        selection: the weight of each sample; None is 1 for every sample.
     """
 
     def __init__(
@@ -45,21 +47,23 @@ class TargetBank:
         *,
         view_seed: int,
         temperature: float,
-        most_bytes: int,
+        max_bytes: int,
         selection: Selection | None = None,
         runtime: Runtime = Runtime(),
     ) -> None:
         self.ensemble = ensemble
         self._inputs, self._labels = (tensor.to(runtime.target) for tensor in dataset)
         self._selection = selection
-        self._augment, self._view_seed = recipe.augment, view_seed
-        self._temperature, self._most_bytes = temperature, most_bytes
+        self._augment = recipe.augment
+        self._view_seed = view_seed
+        self._temperature = temperature
+        self._max_bytes = max_bytes
         self._weights = [1 / size(ensemble)] * size(ensemble)
-        self._forward = forward(
+        self._logits = Predictor(
             model, ensemble, runtime, num_samples=len(self._inputs) * recipe.epochs
         )
-        rounded = plan(model, self._inputs, runtime).bf16
-        self._dtype = torch.float16 if rounded else torch.float32
+        in_bf16 = plan(model, self._inputs, runtime).bf16
+        self._dtype = torch.float16 if in_bf16 else torch.float32
         self._kept: dict[int, Tensor] = {}
         self._epoch_bytes: int | None = None
 
@@ -69,44 +73,85 @@ class TargetBank:
             return self._target(batch.inputs, self._labels[batch.rows])
         epoch = 0 if self._augment is None else batch.epoch
         if epoch not in self._kept:
-            if not self._room(batch):
+            if not self._has_room(batch):
                 return self._target(batch.inputs, self._labels[batch.rows])
-            self._kept[epoch] = self._epoch(epoch)
+            self._kept[epoch] = self._epoch_targets(epoch)
         return self._kept[epoch][batch.rows].float()
 
     @property
     def num_bytes(self) -> int:
-        """Of all targets that are kept now."""
-        return sum(kept.nbytes for kept in self._kept.values())
+        """Bytes held by the kept targets."""
+        return sum(targets.nbytes for targets in self._kept.values())
 
-    def _room(self, batch: Batch) -> bool:
+    def _has_room(self, batch: Batch) -> bool:
+        """Return whether the targets of one more epoch fit into `max_bytes`."""
         if self._epoch_bytes is None:
-            # Of two samples: some models take no lone one, and they choose how models are run.
-            two = self._target(batch.inputs[:2], self._labels[batch.rows[:2]])
-            one = two[:1].to(self._dtype)
-            self._epoch_bytes = len(self._inputs) * one.nbytes
-        return self.num_bytes + self._epoch_bytes <= self._most_bytes
+            # Measure with two samples: some models cannot run a single one. The first inputs that
+            # a predictor gets also decide how it runs the models.
+            targets = self._target(batch.inputs[:2], self._labels[batch.rows[:2]])
+            self._epoch_bytes = len(self._inputs) * targets[:1].to(self._dtype).nbytes
+        return self.num_bytes + self._epoch_bytes <= self._max_bytes
 
-    def _epoch(self, epoch: int) -> Tensor:
+    def _epoch_targets(self, epoch: int) -> Tensor:
         """Compute the targets `[N, C]` of every sample in the views of one epoch."""
-        at_once = samples_at_once(self._inputs.device, self._inputs)
-        pieces = self._inputs.split(at_once)  # type: ignore[no-untyped-call]
+        piece_size = samples_at_once(self._inputs.device, self._inputs)
+        pieces = self._inputs.split(piece_size)  # type: ignore[no-untyped-call]
         if isinstance(self._augment, FiniteViews):
             views = epoch_views(self._augment, len(self._inputs), self._view_seed, epoch)
-            chosen = views.to(self._inputs.device).split(at_once)
-            pieces = map(self._augment.view, pieces, chosen)
-        labels = self._labels.split(at_once)  # type: ignore[no-untyped-call]
+            views_of_pieces = views.to(self._inputs.device).split(piece_size)
+            pieces = map(self._augment.view, pieces, views_of_pieces)
+        labels = self._labels.split(piece_size)  # type: ignore[no-untyped-call]
         return torch.cat([self._target(*pair).to(self._dtype) for pair in zip(pieces, labels)])
 
     def _target(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        target = soft_target(self._forward(inputs), self._weights, self._temperature)
+        target = soft_target(self._logits(inputs), self._weights, self._temperature)
         if self._selection is None:
             return target
         return target * self._selection(target, labels)[:, None]
 
 
-def weighted(teachers: Sequence[Callable[[Batch], Tensor]], weights: Sequence[float]) -> Targets:
-    """Fold the targets of several ensembles into one: the sum of Eq. (2) over the memory."""
+class TargetCache:
+    """The target banks of one temporal memory, kept from round to round.
+
+    The cache holds the banks of the latest call only: its size is bounded by the size of the memory
+    and by the `max_bytes` of each bank. It changes the speed of a core and never the result.
+    """
+
+    def __init__(self) -> None:
+        # One attribute, set in one step: another thread never sees banks of another origin.
+        self._kept: tuple[tuple[object, ...], tuple[TargetBank, ...]] = ((), ())
+
+    def banks(
+        self,
+        memory: Sequence[Ensemble],
+        make: Callable[[Ensemble], TargetBank],
+        origin: tuple[object, ...],
+    ) -> list[TargetBank]:
+        """Return a bank for each ensemble of a memory, a kept bank where there is one.
+
+        Args:
+            memory: a kept bank serves the very same ensemble; a copy gets a new bank.
+            make: ensemble -> new bank.
+            origin: all objects that `make` depends on. Banks are used again only if they were made
+                from the very same objects.
+        """
+        kept_origin, kept = self._kept
+        same_origin = list(map(id, origin)) == list(map(id, kept_origin))
+        usable = {id(bank.ensemble): bank for bank in kept} if same_origin else {}
+        banks = [usable.get(id(ensemble)) or make(ensemble) for ensemble in memory]
+        self._kept = (origin, tuple(banks))
+        return banks
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the targets of all banks."""
+        return sum(bank.num_bytes for bank in self._kept[1])
+
+
+def weighted_sum(
+    teachers: Sequence[Callable[[Batch], Tensor]], weights: Sequence[float]
+) -> Targets:
+    """Add up the weighted targets of several ensembles: the sum of Eq. (2) over the memory."""
 
     @torch.no_grad()
     def targets(batch: Batch) -> Tensor:

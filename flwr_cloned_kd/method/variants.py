@@ -1,11 +1,12 @@
-"""The rows of Fig. 5's table, and two presets of Phase 2."""
+"""The rows of the table in Fig. 5, and presets of Phase 2."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..engine.ensemble import StateDict, initialise
 from ..engine.recipe import Recipe, fold_in
-from .core import Core, CoreState, Distillation
+from .core import Core, CoreState
+from .distillation import Distillation
 from .knowledge import (
     Selection,
     StartRule,
@@ -16,7 +17,7 @@ from .knowledge import (
 )
 
 Send = Callable[[CoreState], StateDict]
-"""The core's progress -> the model to send to the next edge."""
+"""State of the core -> model to send to the next edge."""
 
 
 def cloned(state: CoreState) -> StateDict:
@@ -25,20 +26,26 @@ def cloned(state: CoreState) -> StateDict:
 
 
 def independent(core: Core) -> Send:
-    """Send a model with a seed of its own, trained on the core data once (I-)."""
+    """Send one model that was initialised with another seed and trained on the core data (I-)."""
     start = initialise(core.model, fold_in(core.seed, "independent"))
     model = replace(core, seed=fold_in(core.seed, "independent-phase-0")).pretrain(start)
     return lambda state: model
 
 
 def scratch(core: Core) -> Send:
-    """Send weights newly drawn for each version of the core: edges train from scratch (Is-)."""
+    """Send new initial weights for each version of the core, so edges train from scratch (Is-)."""
     return lambda state: initialise(core.model, fold_in(core.seed, "scratch", state.version))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: what an edge starts from, how many clones it trains, how many rounds teach."""
+    """One row of the table.
+
+    Args:
+        init: core -> function that returns the model an edge starts from.
+        num_clones: number of clones that an edge trains.
+        memory_size: number of ensembles in the temporal memory, the newest included.
+    """
 
     init: Callable[[Core], Send]
     num_clones: int
@@ -63,15 +70,15 @@ The paper prints neither the number of clones nor M; 3 and 3 are what Fig. 2 dra
 
 
 def paper(recipe: Recipe) -> Distillation:
-    """Phase 2 as the paper has it: the phases' recipe, KD terms summed, starting at the core."""
+    """Run Phase 2 as in the paper: the recipe of all phases, summed KD terms, start at the core."""
     return Distillation(recipe=recipe)
 
 
 def unselective(recipe: Recipe) -> Distillation:
-    """Phase 2 with a fifth of the learning rate, KD terms averaged, starting at the clones' mean.
+    """Run Phase 2 at a fifth of the learning rate, with averaged KD terms, from the clones' mean.
 
-    Every teacher teaches every sample, as in the paper: good on edges whose labels are spread
-    alike, harmful on edges that know few classes. See docs/results.md.
+    Every ensemble is a teacher of every sample, as in the paper. That is good for edges with the
+    same class distribution as the core, and harmful for edges with few classes (docs/results.md).
     """
     return Distillation(
         recipe=replace(recipe, lr=recipe.lr / 5), student_start=1.0, mean_over_memory=True
@@ -79,11 +86,12 @@ def unselective(recipe: Recipe) -> Distillation:
 
 
 def practical(recipe: Recipe) -> Distillation:
-    """Phase 2 as we found it to work best on even and on skewed edges alike.
+    """Run Phase 2 with the options that worked best for us on even and on skewed edges.
 
-    As `unselective`, but a teacher teaches only the samples that it classifies correctly, the core
-    before the round teaches too, the KD terms are lighter (t = 2), and the student starts only as
-    far towards the clones as the core's own knowledge survives.
+    The preset changes `unselective` in four ways. An ensemble is a teacher only of the samples that
+    it classifies correctly. The core before the round is a teacher too. The KD terms have less
+    weight (t = 2). The student starts towards the clones only as far as the core keeps its accuracy
+    on the core data (`retained`).
     """
     return replace(
         unselective(recipe),
@@ -95,14 +103,14 @@ def practical(recipe: Recipe) -> Distillation:
 
 
 PRESETS = {"paper": paper, "practical": practical, "unselective": unselective}
-"""Ways to run Phase 2, by the names that run-configs use."""
+"""Presets of Phase 2, by their names in run-configs."""
 
 SELECTIONS: dict[str, Selection | None] = {
     "all": None,
     "correct": correct,
     "label-probability": label_probability,
 }
-"""Which samples a teacher teaches, by name."""
+"""Selections of samples, by their names in run-configs."""
 
 START_RULES: dict[str, StartRule] = {"retained": retained, "ensemble-share": ensemble_share}
-"""Rules for the student's start, by name."""
+"""Rules for the start of the student, by their names in run-configs."""

@@ -7,30 +7,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from flwr_cloned_kd import (
-    CropAndFlip,
-    crop_and_flip,
     load_cifar100,
     load_digits,
     load_huggingface,
     load_npz,
     partition,
     partition_with,
-    shuffle_labels,
     take,
 )
 from flwr_cloned_kd.data.datasets import moments, standardise
 from tests.helpers.reference import few
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def assert_standardised(inputs):
-    # Float32 sums of some thousand numbers are good to about 1e-6.
+    # Float32 sums of some thousand numbers have an error of about 1e-6.
     deviation, centre = torch.std_mean(inputs, dim=(0, 2, 3))
     assert centre.abs().max() < 1e-5
     assert (deviation - 1).abs().max() < 1e-5
@@ -85,78 +77,7 @@ def test_no_rows_are_an_empty_dataset(rows):
     assert (x.shape, y.shape) == ((0, 1, 2, 2), (0,))
 
 
-@pytest.mark.parametrize("pad", [4, 1])
-@pytest.mark.parametrize("flip", [True, False])
-def test_every_view_is_padding_slicing_and_flipping_by_hand(pad, flip):
-    augment, side = CropAndFlip(pad, flip), 2 * pad + 1
-    image = torch.arange(2 * 5 * 6).reshape(2, 5, 6) + 1.0
-    padded = F.pad(image, (pad, pad, pad, pad))
-    expected = [
-        torch.flip(crop, (-1,)) if mirrored else crop
-        for mirrored in ((False, True) if flip else (False,))
-        for top in range(side)
-        for left in range(side)
-        for crop in [padded[:, top : top + 5, left : left + 6]]
-    ]
-    num_views = augment.num_views
-    views = augment.view(image.expand(num_views, -1, -1, -1), torch.arange(num_views))
-    assert num_views == len(expected)
-    assert torch.equal(views, torch.stack(expected))
-
-
-def test_the_usual_family_has_162_views_and_81_without_mirrors():
-    assert crop_and_flip == CropAndFlip(pad=4, flip=True)
-    assert crop_and_flip.num_views == 162
-    assert CropAndFlip(flip=False).num_views == 81
-
-
-def test_views_of_digits_are_never_mirrored():
-    # A column number as pixel value can only rise from left to right inside an unmirrored crop.
-    images = (torch.arange(8.0) + 1).expand(500, 1, 8, 8)
-    rows = CropAndFlip(2, flip=False)(images, seeded()).amax(2)[:, 0]
-    inside = (rows[:, 1:] > 0) & (rows[:, :-1] > 0)
-    assert inside.any(1).all()
-    assert ((rows[:, 1:] > rows[:, :-1]) | ~inside).all()
-
-
-def test_every_view_is_drawn_and_no_other():
-    # 10,000 draws of 162 views: one is missed with probability 162 exp(-10000 / 162) < 1e-24.
-    drawn = crop_and_flip.draw(10_000, seeded())
-    assert drawn.unique().tolist() == list(range(162))
-
-
-def test_augmenting_draws_one_view_per_image_from_the_given_generator():
-    images, state = torch.randn(9, 3, 6, 6), torch.get_rng_state()
-    expected = crop_and_flip.view(images, crop_and_flip.draw(9, seeded(3)))
-    assert torch.equal(crop_and_flip(images, seeded(3)), expected)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_labels_stay_where_the_noise_has_probability_zero():
-    generator, labels = seeded(), torch.arange(10)
-    assert all(torch.equal(shuffle_labels(labels, generator, p=0.0), labels) for _ in range(100))
-
-
-def test_noisy_labels_are_those_of_the_batch_in_another_order():
-    generator, labels = seeded(), torch.arange(12) % 4
-    for _ in range(20):
-        noisy = shuffle_labels(labels, generator)
-        assert torch.equal(noisy.sort().values, labels.sort().values)
-    assert not torch.equal(noisy, labels)
-    assert torch.equal(labels, torch.arange(12) % 4)
-
-
-def test_the_noise_hits_the_asked_for_fraction_of_batches():
-    # 2,000 tries of probability 0.3: one sigma is sqrt(0.3 0.7 / 2000) = 0.01; 0.04 is four. A
-    # permutation of 20 different labels is the identity once in 20!.
-    generator, labels = seeded(), torch.arange(20)
-    hits = sum(
-        not torch.equal(shuffle_labels(labels, generator, p=0.3), labels) for _ in range(2_000)
-    )
-    assert hits / 2_000 == pytest.approx(0.3, abs=0.04)
-
-
-def test_digits_are_standardised_grey_images_split_the_same_every_time():
+def test_digits_are_standardised_and_their_split_is_fixed():
     pytest.importorskip("sklearn")
     (x, y), (x_test, y_test) = load_digits()
     assert (x.shape, y.shape) == ((1437, 1, 8, 8), (1437,))
@@ -176,7 +97,7 @@ def test_digits_are_split_alike_in_every_class():
     assert ((counts + held_out) * 100 / 1797 - held_out).abs().max() <= 1
 
 
-def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         load_digits()
@@ -202,7 +123,7 @@ def test_an_archive_of_floats_is_standardised(tmp_path):
 
 def test_standardising_by_hand():
     # Train pixels 1 and 3: mean 2, sample deviation sqrt((1 + 1) / 1) = sqrt 2; the test pixel 4
-    # is measured with the same two.
+    # is scaled with the same moments.
     train = (np.array([[[1, 3]]], np.uint8), np.array([0]))
     test = (np.array([[[4, 2]]], np.uint8), np.array([1], np.int32))
     (x, _), (x_test, y_test) = standardise(tensors(*train), tensors(*test))
@@ -249,7 +170,7 @@ def by_hand(pixels, reference):
     ],
     ids=["HWC", "CHW", "HW1", "1HW", "HW", "four channels"],
 )
-def test_an_archive_is_read_whatever_the_order_of_its_axes(tmp_path, arrange):
+def test_an_archive_is_read_with_any_order_of_axes(tmp_path, arrange):
     path = save_npz(tmp_path / "a.npz", x_train=arrange(PIXELS[:4]), x_test=arrange(PIXELS[4:]))
     (x, y), (x_test, y_test) = raw = load_npz(path)
     assert x.dtype == x_test.dtype == torch.uint8
@@ -273,7 +194,7 @@ def test_an_archive_without_an_array_is_refused_by_name(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("part", "arrays", "found"),
+    ("part", "arrays", "actual"),
     [
         ("train", {"x_train": PIXELS[:4, 0, 0]}, "(4, 3) and (4,)"),
         ("test", {"x_test": PIXELS[:1]}, "(1, 5, 7, 3) and (2,)"),
@@ -282,11 +203,11 @@ def test_an_archive_without_an_array_is_refused_by_name(tmp_path, name):
     ],
     ids=["images without rows", "lengths that differ", "labels in columns", "nothing"],
 )
-def test_an_archive_of_misshaped_arrays_is_refused_by_name(tmp_path, part, arrays, found):
+def test_an_archive_of_misshaped_arrays_is_refused_by_name(tmp_path, part, arrays, actual):
     path = save_npz(tmp_path / "odd.npz", **arrays)
     with pytest.raises(ValueError, match=r"odd\.npz: expected") as refusal:
         load_npz(path)
-    assert f"x_{part} [N, H, W(, C)] and y_{part} [N], got {found}" in str(refusal.value)
+    assert f"x_{part} [N, H, W(, C)] and y_{part} [N], got {actual}" in str(refusal.value)
 
 
 def test_an_archive_that_holds_a_pickle_is_refused_unopened(tmp_path):
@@ -330,13 +251,13 @@ def test_cifar100_is_read_through_torchvision(tmp_path, monkeypatch):
     assert torch.allclose(x_test.double(), by_hand(planes[4:], planes[:4]), atol=1e-5)
 
 
-def test_cifar100_that_is_not_there_is_not_downloaded_unasked(tmp_path):
+def test_a_missing_cifar100_is_not_downloaded_without_download(tmp_path):
     pytest.importorskip("torchvision")
     with pytest.raises(RuntimeError, match="not found"):
         load_cifar100(tmp_path, download=False)
 
 
-def test_a_dirichlet_partitioner_gives_disjoint_parts_that_cover_everything():
+def test_a_dirichlet_partitioner_gives_disjoint_complete_parts():
     partitioners = pytest.importorskip("flwr_datasets.partitioner")
     labels = torch.arange(200) % 5
     partitioner = partitioners.DirichletPartitioner(
@@ -353,7 +274,7 @@ def test_a_dirichlet_partitioner_gives_disjoint_parts_that_cover_everything():
 
 @pytest.fixture
 def image_folder(tmp_path, monkeypatch):
-    """Write a dataset whose images are all of the grey value 10 (label + 1)."""
+    """Write a dataset whose images have the grey value 10 (label + 1) everywhere."""
     pytest.importorskip("flwr_datasets")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -371,7 +292,7 @@ def image_folder(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_local_huggingface_dataset_keeps_images_and_labels_together(image_folder):
+def test_a_local_huggingface_dataset_keeps_pairs_together(image_folder):
     (x, y), (x_test, y_test) = raw = load_huggingface(str(image_folder))
     assert x.dtype == x_test.dtype == torch.uint8
     (x, _), (x_test, _) = standardise(*raw)
@@ -386,7 +307,7 @@ def test_a_local_huggingface_dataset_keeps_images_and_labels_together(image_fold
         assert torch.allclose(inputs, expected[:, None, None, None].expand_as(inputs), atol=1e-5)
 
 
-def test_huggingface_without_flwr_datasets_says_what_to_install(monkeypatch):
+def test_without_flwr_datasets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr_datasets", None)
     with pytest.raises(ImportError, match=r"flwr-cloned-kd\[datasets\]"):
         load_huggingface("uoft-cs/cifar100")
@@ -436,14 +357,14 @@ def test_an_archive_that_is_cut_or_altered_is_refused_by_name(tmp_path, save):
         with pytest.raises(ValueError, match=r"odd\.npz: expected"):
             load_npz(path)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 129]) + whole[place + 1 :])
-        found, refusal = expected, f"{path}: expected"
+        actual, refusal = expected, f"{path}: expected"
         try:
-            found = load_npz(path)
+            actual = load_npz(path)
         except ValueError as error:
             refusal = str(error)
         assert "odd.npz: expected" in refusal
-        # Some bytes, such as a time, are not read; what is kept of the arrays has a checksum.
-        for part, same in zip(found, expected):
+        # Some bytes, such as a time, are not read; the bytes of the arrays have a checksum.
+        for part, same in zip(actual, expected):
             assert all(torch.equal(tensor, other) for tensor, other in zip(part, same))
 
 
@@ -452,11 +373,6 @@ def test_an_archive_that_is_not_there_is_not_found(tmp_path):
         load_npz(tmp_path / "none.npz")
 
 
-def test_a_share_of_batches_is_a_fraction():
-    with pytest.raises(ValueError, match="p: expected a fraction, 0 to 1, got 2"):
-        shuffle_labels(torch.arange(3), torch.Generator(), p=2)
-
-
-def test_a_huggingface_dataset_without_the_column_says_which_it_has(image_folder):
+def test_a_huggingface_dataset_without_the_column_is_refused(image_folder):
     with pytest.raises(ValueError, match="expected a column 'label', got"):
         load_huggingface(str(image_folder), label_key="label")

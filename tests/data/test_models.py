@@ -51,7 +51,7 @@ def test_a_depth_of_another_form_is_refused(depth):
         resnet(depth, 10)
 
 
-def test_the_shortcut_thins_the_image_and_pads_the_channels_with_zeros():
+def test_the_shortcut_samples_pixels_and_pads_channels_with_zeros():
     block = resnet(8, 3, width=4).blocks[1].eval()
     with torch.no_grad():
         block.conv1.weight.zero_()
@@ -65,7 +65,7 @@ def test_the_shortcut_thins_the_image_and_pads_the_channels_with_zeros():
 
 @pytest.mark.parametrize(("width", "before"), [(1, 0), (3, 1), (5, 2), (6, 3)])
 def test_the_shortcut_of_any_width_has_as_many_channels_as_the_block(width, before):
-    # Half of the channels that are missing, rounded down, come before and the rest behind.
+    # Half of the new channels, rounded down, come first; the others come last.
     block = resnet(8, 3, width=width).blocks[1].eval()
     with torch.no_grad():
         block.conv2.weight.zero_()
@@ -92,7 +92,7 @@ def test_the_seed_alone_determines_the_weights():
     assert not torch.equal(digits_cnn(seed=4).state_dict()["conv.weight"], first["conv.weight"])
 
 
-def test_drawing_weights_leaves_the_model_and_the_global_generator_as_they_were():
+def test_initialising_changes_neither_model_nor_global_generator():
     model = digits_cnn(seed=0)
     before, state = snapshot(model.state_dict()), torch.get_rng_state()
     fresh = initialise(model, 1)
@@ -133,8 +133,8 @@ def test_the_seed_determines_the_weights_of_attention_too(build):
     assert same_bits(initialise(build(), 3), first)
     other = initialise(build(), 4)
     drawn = [name for name in first if not torch.equal(first[name], other[name])]
-    # What PyTorch draws is every matrix. Beside it are vectors: norms, and biases of attention
-    # that start at 0 (nn.MultiheadAttention), after its parts have been reset.
+    # PyTorch draws every matrix. The other tensors are vectors: norms, and biases that
+    # nn.MultiheadAttention sets to 0 after its submodules have been reset.
     assert [name for name in first if first[name].dim() == 2] == [
         name for name in drawn if first[name].dim() == 2
     ]

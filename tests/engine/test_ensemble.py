@@ -56,7 +56,7 @@ def test_arrays_shaped_as_the_core_are_an_ensemble_of_one(params):
     assert same_bits(member(received, 0), params)
 
 
-def test_counters_without_a_dimension_come_back_in_an_ensemble_of_one():
+def test_counters_become_an_ensemble_of_one_too():
     core = digits_cnn().state_dict()
     assert core["bn.num_batches_tracked"].shape == ()
     core["bn.num_batches_tracked"].fill_(7)
@@ -71,7 +71,7 @@ def test_a_model_whose_first_tensor_is_a_counter_can_be_an_ensemble():
     assert same_bits(as_ensemble(arrays(clone(like, 3)), like), clone(like, 3))
 
 
-def test_a_batch_norm_model_trained_elsewhere_loads_into_the_architecture():
+def test_a_received_batch_norm_model_can_be_loaded():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     received = as_ensemble(arrays(clone(model.state_dict(), 2)), model.state_dict())
     model.load_state_dict(member(received, 1))
@@ -103,7 +103,7 @@ def test_fewer_than_one_clone_is_refused(num_clones):
         clone({"w": torch.zeros(1)}, num_clones)
 
 
-def test_the_mean_averages_weights_and_takes_counters_from_the_first_clone():
+def test_the_mean_takes_counters_from_the_first_clone():
     ensemble = {"w": torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "steps": torch.tensor([4, 9])}
     assert mean(ensemble)["w"].tolist() == [2.0, 4.0]
     assert mean(ensemble)["steps"] == 4
@@ -112,7 +112,7 @@ def test_the_mean_averages_weights_and_takes_counters_from_the_first_clone():
 @few
 @given(params=state_dicts(), num_clones=st.integers(1, 4))
 def test_the_mean_of_equal_clones_is_the_model(params, num_clones):
-    # A sum of 3 equal numbers and its third round once each, relative to numbers of at most 50:
+    # The sum of equal numbers rounds once and the division rounds once, for numbers of at most 50:
     # 2 * 2^-24 * 50 = 6e-6.
     assert distance(mean(clone(params, num_clones)), params) < 1e-5
 
@@ -226,13 +226,13 @@ def with_weight(value):
         "nothing",
     ],
 )
-def test_what_is_not_an_ensemble_is_refused_by_name_expectation_and_finding(sent, message):
+def test_a_refusal_names_the_array_the_expected_and_the_actual(sent, message):
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 - the whole message is compared
         as_ensemble(sent, LIKE)
     assert str(refusal.value) == message
 
 
-def test_the_array_that_is_unlike_the_others_is_the_one_that_is_named():
+def test_the_array_that_differs_from_the_others_is_named():
     like = {**LIKE, "head": torch.zeros(5), "count": torch.tensor(0.0)}
     sent = arrays(clone(like, 4))
     for name, expected in [

@@ -21,7 +21,7 @@ def kinds(model, kind):
 
 
 class Shared(nn.Module):
-    """What its first convolution returns goes to a normalisation and around it."""
+    """The output of the convolution goes to the normalisation and also around it."""
 
     def __init__(self):
         super().__init__()
@@ -87,12 +87,12 @@ BUILDS = {"cnn": cnn, "resnet": lambda: resnet(8, 3, channels=1), "3-D": Volumes
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_a_folded_model_predicts_the_same_without_normalisation(build):
     model = trained(build())
-    found = folded(model, DATA[0][:2])
-    assert kinds(model, nn.BatchNorm2d) > 0 == kinds(found, nn.BatchNorm2d)
+    actual = folded(model, DATA[0][:2])
+    assert kinds(model, nn.BatchNorm2d) > 0 == kinds(actual, nn.BatchNorm2d)
     with torch.no_grad():
         expected = model(DATA[0])
         # Eight layers at most, each rounded once more at 6e-8.
-        assert (found(DATA[0]) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (actual(DATA[0]) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("build", [Shared, Twice, OneNorm, ByKeyword, mlp])

@@ -1,6 +1,6 @@
-"""What runs on a GPU equals what runs on the CPU, and a recorded step equals a plain one.
+"""A GPU gives the results of the CPU, and recorded steps give the results of plain steps.
 
-Not part of CI, which has no GPU: `python -m pytest -m gpu tests/test_gpu.py`.
+Not part of CI, which has no GPU: `python -m pytest -m gpu tests/engine/test_gpu.py`.
 """
 
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_the_targets_of_a_gpu_equal_those_of_the_cpu():
             RECIPE,
             view_seed=1,
             temperature=4.0,
-            most_bytes=2**20,
+            max_bytes=2**20,
             runtime=runtime,
         )
         device = runtime.target
@@ -104,7 +104,7 @@ def test_the_targets_of_a_gpu_equal_those_of_the_cpu():
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "recorded"])
 def test_two_rounds_on_a_gpu_equal_two_rounds_on_the_cpu(graphs):
-    found = []
+    cores = []
     for runtime in (replace(GPU, cuda_graphs=graphs), CPU):
         core = Core(
             model=cnn(),
@@ -121,5 +121,5 @@ def test_two_rounds_on_a_gpu_equal_two_rounds_on_the_cpu(graphs):
                 core.model, state.params, data, RECIPE, num_clones=2, seed=index, runtime=runtime
             )
             state, _ = core.distill(state, edge)
-        found.append(snapshot(state.params))
-    assert distance(*found) < 10 * ROUNDING
+        cores.append(snapshot(state.params))
+    assert distance(*cores) < 10 * ROUNDING

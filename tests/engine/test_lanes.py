@@ -63,7 +63,7 @@ class Recurrent(nn.Module):
 
 
 class Chooses(nn.Module):
-    """Takes a way that depends on the data, which vmap cannot follow."""
+    """Branches on the data, which vmap cannot do."""
 
     def __init__(self):
         super().__init__()
@@ -83,30 +83,30 @@ CANNOT = {
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_small_model_is_one_lane_for_all_clones(build, training):
-    found, chosen = lanes_of(build(), training=training)
-    assert len(found) == 1
+    clone_lanes, chosen = lanes_of(build(), training=training)
+    assert len(clone_lanes) == 1
     assert chosen.batch_clones
-    assert all(len(leaf) == 3 for leaf in found[0].leaves)
+    assert all(len(leaf) == 3 for leaf in clone_lanes[0].leaves)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("runtime", [CPU, TOGETHER, ONE_BY_ONE], ids=["rule", "together", "alone"])
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
-def test_lanes_start_with_the_state_of_the_ensemble_whatever_was_tried(build, runtime, training):
-    # The trial of vmap runs a batch in training mode, which moves the statistics of batch
-    # normalisation: they must be put back, and the counters too.
+def test_lanes_start_with_the_state_of_the_ensemble(build, runtime, training):
+    # The trial of vmap runs a batch in training mode, which changes the statistics and counters of
+    # batch normalisation. Both must be restored.
     ensemble = different(3, build)
     before = snapshot(ensemble)
-    found, _ = lanes_of(build(), runtime, ensemble=ensemble, training=training)
-    parts = [part.read() for part in found]
+    clone_lanes, _ = lanes_of(build(), runtime, ensemble=ensemble, training=training)
+    parts = [part.read() for part in clone_lanes]
     assert same_bits({n: torch.cat([p[n] for p in parts]) for n in ensemble}, before)
     assert same_bits(ensemble, before)
     assert all("num_batches_tracked" not in n or not before[n].any() for n in before)
-    # Training moves what was read, not what came in.
-    views = DATA[0][:8].expand(3 // len(found), 8, 1, 8, 8)
-    found[0].forward(views)
+    # Training changes the state of the lane, not the ensemble.
+    views = DATA[0][:8].expand(3 // len(clone_lanes), 8, 1, 8, 8)
+    clone_lanes[0].forward(views)
     assert same_bits(ensemble, before)
-    moved = found[0].read()
+    moved = clone_lanes[0].read()
     changed = {n for n in moved if not torch.equal(moved[n][0], before[n][0])}
     assert bool(changed) == training
     assert all("running" in n or "num_batches" in n for n in changed)
@@ -117,12 +117,12 @@ def test_what_cannot_be_batched_falls_back_to_a_lane_per_clone(kind):
     model = CANNOT[kind]()
     torch.manual_seed(2)
     generator = torch.get_rng_state()
-    found, chosen = lanes_of(model)
-    assert len(found) == 3
+    clone_lanes, chosen = lanes_of(model)
+    assert len(clone_lanes) == 3
     assert not chosen.batch_clones
     assert torch.equal(torch.get_rng_state(), generator)
     ensemble = clone(model.state_dict(), 3)
-    parts = [part.read() for part in found]
+    parts = [part.read() for part in clone_lanes]
     assert same_bits({n: torch.cat([p[n] for p in parts]) for n in ensemble}, ensemble)
 
 
@@ -130,43 +130,45 @@ def test_what_cannot_be_batched_falls_back_to_a_lane_per_clone(kind):
 def test_what_fell_back_has_the_bits_of_clones_one_by_one(kind):
     model = CANNOT[kind]()
     start, recipe = clone(model.state_dict(), 3), replace(RECIPE, lr=0.01)
-    found = fit(model, start, DATA, recipe, seed=4, runtime=CPU)
-    assert same_bits(found, fit(model, start, DATA, recipe, seed=4, runtime=ONE_BY_ONE))
-    assert distance(member(found, 0), member(found, 1)) > 1e-4
-    logits = predict(model, found, DATA[0], runtime=CPU)
-    alone = predict(model, found, DATA[0], runtime=ONE_BY_ONE)
+    actual = fit(model, start, DATA, recipe, seed=4, runtime=CPU)
+    assert same_bits(actual, fit(model, start, DATA, recipe, seed=4, runtime=ONE_BY_ONE))
+    assert distance(member(actual, 0), member(actual, 1)) > 1e-4
+    logits = predict(model, actual, DATA[0], runtime=CPU)
+    alone = predict(model, actual, DATA[0], runtime=ONE_BY_ONE)
     assert (logits - alone).abs().max() < ROUNDING
 
 
 def test_a_model_that_chooses_by_its_data_falls_back():
-    found, chosen = lanes_of(seeded(Chooses(), 0))
-    assert (len(found), chosen.batch_clones) == (3, False)
+    clone_lanes, chosen = lanes_of(seeded(Chooses(), 0))
+    assert (len(clone_lanes), chosen.batch_clones) == (3, False)
 
 
 def test_dropout_is_batched_where_it_does_nothing():
-    found, chosen = lanes_of(mlp(nn.Dropout(0.5)), training=False)
-    assert (len(found), chosen.batch_clones) == (1, True)
+    clone_lanes, chosen = lanes_of(mlp(nn.Dropout(0.5)), training=False)
+    assert (len(clone_lanes), chosen.batch_clones) == (1, True)
 
 
 @pytest.mark.parametrize("kind", CANNOT)
-def test_a_compilation_that_was_asked_for_survives_the_fall_back(kind, monkeypatch):
+def test_clones_that_cannot_be_batched_are_still_compiled(kind, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module, **how: compiled.append(how) or module)
-    found, chosen = lanes_of(CANNOT[kind](), replace(CPU, compile=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda module, **options: compiled.append(options) or module
+    )
+    clone_lanes, chosen = lanes_of(CANNOT[kind](), replace(CPU, compile=True))
     assert chosen.compile
-    assert compiled == [{"dynamic": False}] * len(found)
+    assert compiled == [{"dynamic": False}] * len(clone_lanes)
 
 
 def test_clones_in_one_pass_are_not_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
-    found, chosen = lanes_of(mlp(), replace(CPU, compile=True))
-    assert (len(found), chosen.compile) == (1, False)
+    clone_lanes, chosen = lanes_of(mlp(), replace(CPU, compile=True))
+    assert (len(clone_lanes), chosen.compile) == (1, False)
 
 
 def test_only_batches_of_full_size_reach_the_compiled_model(monkeypatch):
     sizes = []
 
-    def compiled(module, **how):
+    def compiled(module, **options):
         def call(x):
             sizes.append(len(x))
             return module(x)
@@ -177,17 +179,17 @@ def test_only_batches_of_full_size_reach_the_compiled_model(monkeypatch):
     model = mlp()
     runtime = replace(ONE_BY_ONE, compile=True)
     start = clone(model.state_dict(), 2)
-    found = fit(model, start, DATA, RECIPE, runtime=runtime)
+    actual = fit(model, start, DATA, RECIPE, runtime=runtime)
     assert sizes == [8] * 8  # 2 clones, 2 epochs, 2 full batches; 6 samples are left over
-    assert same_bits(found, fit(model, start, DATA, RECIPE, runtime=ONE_BY_ONE))
+    assert same_bits(actual, fit(model, start, DATA, RECIPE, runtime=ONE_BY_ONE))
     sizes.clear()
     predict(model, start, images(300)[0], runtime=runtime)
     assert sizes == [128] * 4
 
 
 @pytest.mark.parametrize("kind", CANNOT)
-def test_batching_that_is_forced_upon_what_cannot_be_batched_is_an_error(kind):
-    # Silently training something else would be worse: dropout the same for all, weights untied.
+def test_forced_batching_of_an_unsuitable_model_is_an_error(kind):
+    # Otherwise all clones would have the same dropout, and tied weights would come apart.
     model = CANNOT[kind]()
     with pytest.raises((RuntimeError, ValueError), match=r"vmap|tied|Batching rule"):
         fit(model, clone(model.state_dict(), 3), DATA, RECIPE, runtime=TOGETHER)
@@ -196,29 +198,33 @@ def test_batching_that_is_forced_upon_what_cannot_be_batched_is_an_error(kind):
 def test_batching_can_be_forced_upon_a_large_model():
     model = seeded(nn.Sequential(nn.Flatten(), nn.Linear(64, 800), nn.Tanh(), nn.Linear(800, 3)), 0)
     assert not lanes_of(model)[1].batch_clones  # 54,403 parameters
-    found, chosen = lanes_of(model, TOGETHER)
-    assert (len(found), chosen.batch_clones) == (1, True)
+    clone_lanes, chosen = lanes_of(model, TOGETHER)
+    assert (len(clone_lanes), chosen.batch_clones) == (1, True)
     start = clone(model.state_dict(), 2)
     together = fit(model, start, DATA, RECIPE, runtime=TOGETHER)
     alone = fit(model, start, DATA, RECIPE, runtime=ONE_BY_ONE)
-    # Batches of 64 inputs with a learning rate of 0.1 move 800 units further than the models that
-    # ROUNDING was seen on; still 6 steps of float32.
+    # With a learning rate of 0.1 these 800 units move further than the models for which ROUNDING
+    # was measured; the difference is still rounding of 6 steps in float32.
     assert distance(together, alone) < 5 * ROUNDING
     assert same_bits(together, fit(model, start, DATA, RECIPE, runtime=TOGETHER))
 
 
 @pytest.mark.parametrize("num_clones", [2, 3])
-def test_one_forward_and_backward_pass_is_the_same_in_both_kinds_of_lanes(num_clones):
+def test_one_forward_and_backward_pass_is_equal_in_both_lanes(num_clones):
     ensemble = different(num_clones, cnn)
     x, y = DATA[0][:8], DATA[1][:8]
     grads = []
     for runtime in (TOGETHER, ONE_BY_ONE):
-        found, _ = lanes_of(cnn(), runtime, ensemble=ensemble)
-        logits = torch.cat([p.forward(x.expand(num_clones // len(found), *x.shape)) for p in found])
+        clone_lanes, _ = lanes_of(cnn(), runtime, ensemble=ensemble)
+        logits = torch.cat(
+            [p.forward(x.expand(num_clones // len(clone_lanes), *x.shape)) for p in clone_lanes]
+        )
         losses = [cross_entropy(one, Batch(x, y, torch.arange(8))) for one in logits]
         torch.stack(losses).sum().backward()
-        per_leaf = zip(*[[leaf.grad for leaf in part.leaves] for part in found])
-        joined = [leaves[0] if len(found) == 1 else torch.stack(leaves) for leaves in per_leaf]
+        per_leaf = zip(*[[leaf.grad for leaf in part.leaves] for part in clone_lanes])
+        joined = [
+            leaves[0] if len(clone_lanes) == 1 else torch.stack(leaves) for leaves in per_leaf
+        ]
         grads.append({"logits": logits.detach(), **dict(enumerate(joined))})
     assert distance(*grads) < 1e-5  # one step, so less than ROUNDING allows for twenty
 
@@ -227,15 +233,15 @@ def test_frozen_parameters_are_no_leaves():
     model = mlp()
     model[1].requires_grad_(False)
     for runtime, lanes_expected in ((TOGETHER, 1), (ONE_BY_ONE, 3)):
-        found, _ = lanes_of(model, runtime)
-        assert len(found) == lanes_expected
-        # BatchNorm's two and the head's two are left.
-        assert [len(part.leaves) for part in found] == [4] * lanes_expected
+        clone_lanes, _ = lanes_of(model, runtime)
+        assert len(clone_lanes) == lanes_expected
+        # The two of BatchNorm and the two of the head are trained.
+        assert [len(part.leaves) for part in clone_lanes] == [4] * lanes_expected
 
 
 def test_evaluation_needs_no_gradients():
-    found, _ = lanes_of(mlp(), TOGETHER, training=False)
-    assert not any(leaf.requires_grad for leaf in found[0].leaves)
+    clone_lanes, _ = lanes_of(mlp(), TOGETHER, training=False)
+    assert not any(leaf.requires_grad for leaf in clone_lanes[0].leaves)
 
 
 @pytest.mark.slow
@@ -247,21 +253,21 @@ def test_compiled_clones_train_as_uncompiled_ones_and_compile_once(monkeypatch):
     compiling = replace(ONE_BY_ONE, compile=True)
     start, recipe = clone(cnn().state_dict(), 2), replace(RECIPE, augment=CropAndFlip(1))
 
-    found = fit(cnn(), start, DATA, recipe, runtime=compiling)
+    actual = fit(cnn(), start, DATA, recipe, runtime=compiling)
     # One graph serves both clones; the 6 samples left over by batches of 8 do not need another.
     assert counters["stats"]["unique_graphs"] == 1
     # Fused loops sum in another order: the rounding of two computations of the same sums.
-    assert distance(found, fit(cnn(), start, DATA, recipe, runtime=ONE_BY_ONE)) < ROUNDING
-    assert distance(found, start) > 0.1
+    assert distance(actual, fit(cnn(), start, DATA, recipe, runtime=ONE_BY_ONE)) < ROUNDING
+    assert distance(actual, start) > 0.1
 
-    # A second phase, with clones of another number and other data, finds it compiled.
-    assert same_bits(fit(cnn(), start, DATA, recipe, runtime=compiling), found)
+    # A second phase with another number of clones and other data uses the compiled model.
+    assert same_bits(fit(cnn(), start, DATA, recipe, runtime=compiling), actual)
     fit(cnn(seed=2), clone(cnn().state_dict(), 3), images(30), recipe, runtime=compiling)
     assert counters["stats"]["unique_graphs"] == 1
 
     # Predictions are another graph: no gradients, other modes, batches of 128 and one of 44.
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", False)
-    logits = predict(cnn(), found, images(300)[0], runtime=compiling)
+    logits = predict(cnn(), actual, images(300)[0], runtime=compiling)
     assert counters["stats"]["unique_graphs"] == 2
-    expected = predict(cnn(), found, images(300)[0], runtime=ONE_BY_ONE)
+    expected = predict(cnn(), actual, images(300)[0], runtime=ONE_BY_ONE)
     assert (logits - expected).abs().max() < ROUNDING

@@ -21,7 +21,7 @@ def batch_of(labels):
 
 
 def distilled(teachers, weights, temperature, student_temperature=None):
-    """Make the loss of a student of teachers that predict the logits `[K, B, C]`."""
+    """Make the loss of a student for teachers with the logits `[K, B, C]`."""
     logits = torch.as_tensor(teachers, dtype=torch.float64)
     target = soft_target(logits, weights, temperature)
     loss = distillation(temperature, student_temperature)
@@ -50,7 +50,7 @@ def draw(num_teachers, num_samples=4, num_classes=5, *, seed):
     temperature=st.sampled_from([0.5, 1.0, 4.0, 10.0]),
     student_temperature=st.sampled_from([None, 1.0]),
 )
-def test_one_averaged_target_has_the_gradient_of_separate_divergences(
+def test_one_target_has_the_gradient_of_separate_divergences(
     seed, num_ensembles, num_clones, temperature, student_temperature
 ):
     student, labels, logits = draw(num_ensembles * num_clones, seed=seed)
@@ -58,7 +58,7 @@ def test_one_averaged_target_has_the_gradient_of_separate_divergences(
     weights = [weight / num_clones for weight in per_ensemble for _ in range(num_clones)]
     fast = distilled(logits, weights, temperature, student_temperature)
 
-    found = gradient(lambda f: fast(f, batch_of(labels)), student)
+    actual = gradient(lambda f: fast(f, batch_of(labels)), student)
     ensembles = logits.split(num_clones)
     expected = gradient(
         lambda f: divergences(f, labels, ensembles, per_ensemble, temperature, student_temperature),
@@ -66,11 +66,11 @@ def test_one_averaged_target_has_the_gradient_of_separate_divergences(
     )
 
     # Float64 rounds at 1e-16; the largest factor is t^2 / 1 = 100 over a handful of sums.
-    assert (found - expected).abs().max() < 1e-12
+    assert (actual - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_value_differs_from_separate_divergences_by_the_teachers_entropy(seed):
+def test_the_loss_differs_from_eq_2_by_the_teachers_entropy(seed):
     student, labels, logits = draw(2, seed=seed)
     t = 4.0
     value = distilled(logits, [0.5, 0.5], t)(student, batch_of(labels))
@@ -87,7 +87,7 @@ def test_cross_entropy_of_two_samples_by_hand():
     assert value.item() == pytest.approx((log(4) + log(4 / 3)) / 2, abs=1e-12)
 
 
-def test_the_target_is_the_weighted_sum_of_tempered_probabilities_by_hand():
+def test_the_target_is_a_weighted_sum_by_hand():
     # 1/2 (1/4, 3/4) + 2 (3/4, 1/4) = (13/8, 7/8).
     logits = torch.tensor([[QUARTER], [THREE_QUARTERS]], dtype=torch.float64)
     target = soft_target(logits, [0.5, 2.0], temperature=2.0)
@@ -105,32 +105,32 @@ def test_the_distillation_loss_of_two_classes_by_hand():
     assert loss(STUDENT, batch_of([1])).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_distillation_loss_as_printed_divides_the_teacher_only_by_hand():
+def test_the_distillation_loss_as_printed_by_hand():
     # As above with the student at 1, (1/50, 49/50), in the soft part; t^2 = 4 stays.
     loss = distilled([[QUARTER]], [1.0], 2.0, student_temperature=1.0)
     expected = log(50 / 49) + 4 * (log(50) / 4 + 3 / 4 * log(50 / 49))
     assert loss(STUDENT, batch_of([1])).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_an_ensemble_teaches_the_mean_of_its_clones_by_hand():
-    # The mean of (1/4, 3/4) and (3/4, 1/4) is (1/2, 1/2); an even student at t = 2 pays ln 2 for
-    # it, and ln 2 for the label: ln 2 + 4 ln 2.
+def test_the_target_of_an_ensemble_is_the_mean_by_hand():
+    # The mean of (1/4, 3/4) and (3/4, 1/4) is (1/2, 1/2). For an even student at t = 2 the soft
+    # part is 4 ln 2 and the cross entropy is ln 2.
     loss = distilled([[QUARTER], [THREE_QUARTERS]], [0.5, 0.5], 2.0)
     even = torch.zeros(1, 2, dtype=torch.float64)
     assert loss(even, batch_of([0])).item() == pytest.approx(5 * log(2), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(seed):
+def test_a_student_equal_to_its_teacher_has_no_kd_gradient(seed):
     student, labels, _ = draw(1, seed=seed)
     loss = distilled(student[None], [1.0], 4.0)
     total = gradient(lambda f: loss(f, batch_of(labels)), student)
     hard = gradient(lambda f: F.cross_entropy(f, labels), student)
-    # The two softmaxes are the same numbers, so what is left is rounding of the sums.
+    # Both softmaxes are the same numbers; the sums differ by rounding.
     assert (total - hard).abs().max() < 1e-14
 
 
-def test_as_printed_a_student_equal_to_its_teacher_is_pushed_away_by_hand():
+def test_as_printed_a_student_leaves_its_equal_teacher_by_hand():
     # d/df of t^2 KL(softmax(f/t) || softmax(f)) is t^2 (softmax(f) - softmax(f/t)). For
     # f = (0, 2 ln 3) and t = 2 that is 4 ((1/10, 9/10) - (1/4, 3/4)) = (-0.6, 0.6).
     student = torch.tensor([QUARTER], dtype=torch.float64)

@@ -26,7 +26,7 @@ def test_fold_in_is_a_seed_that_any_generator_accepts(seed, path):
     assert 0 <= fold_in(seed, *path) < 2**63
 
 
-def test_an_integer_means_the_same_seed_whoever_counted_it():
+def test_integers_of_any_type_give_the_same_seed():
     expected = fold_in(7, "edge", 3)
     for three in (np.int64(3), np.uint8(3), torch.tensor(3)):
         assert fold_in(7, "edge", three) == expected
@@ -44,7 +44,7 @@ def test_different_purposes_get_different_seeds():
     ("progress", "factor"),
     [(0, 1), (0.49, 1), (0.5, 0.1), (0.74, 0.1), (0.75, 0.01), (0.999, 0.01)],
 )
-def test_the_learning_rate_falls_tenfold_at_half_and_at_three_quarters(progress, factor):
+def test_the_learning_rate_falls_at_half_and_three_quarters(progress, factor):
     assert step_decay(progress) == factor
 
 
@@ -66,7 +66,7 @@ def test_training_stops_once_the_last_epoch_is_accurate_enough():
         ([5.0, 4.95, 4.85, 4.95], False),
     ],
 )
-def test_training_stops_once_the_loss_has_not_improved_for_three_epochs(losses, stops):
+def test_training_stops_after_three_epochs_without_improvement(losses, stops):
     stop = Plateau(patience=3, min_improvement=0.1)
     assert stop([Epoch(loss, 0.5) for loss in losses]) is stops
 

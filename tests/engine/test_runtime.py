@@ -1,5 +1,4 @@
 import re
-import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
@@ -9,20 +8,12 @@ import torch
 from torch import nn
 
 from flwr_cloned_kd import (
-    Core,
-    CoreState,
-    Distillation,
-    Plateau,
-    Recipe,
     Runtime,
-    clone,
-    fit,
     resnet32,
-    train_edge,
 )
 from flwr_cloned_kd.engine import runtime as module
-from flwr_cloned_kd.engine.runtime import Plan, Progress, plan, samples_at_once, settings
-from tests.helpers.reference import cnn, images, mlp, same_bits, snapshot
+from flwr_cloned_kd.engine.runtime import Plan, count_flop, plan, samples_at_once, settings
+from tests.helpers.reference import images, same_bits, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,16 +22,16 @@ ROW = torch.zeros(1, 249)
 
 
 def small():
-    """49,999 parameters or fewer are small: 249 x 199 + 199 = 49,750."""
+    """Make a small model: 249 x 199 + 199 = 49,750 parameters, fewer than 50,000."""
     return nn.Linear(249, 199)
 
 
 def large():
-    """249 x 200 + 200 = 50,000 parameters; 2 x 249 x 200 = 99,600 operations a sample."""
+    """Make a large model: 249 x 200 + 200 = 50,000 parameters, 2 x 249 x 200 = 99,600 FLOP."""
     return nn.Linear(249, 200)
 
 
-# 1e14 / (3 x 99,600) = 334,672,021.4 samples of training earn a compilation back, and
+# A compilation saves time above 1e14 / (3 x 99,600) = 334,672,021.4 training samples, and above
 # 1e14 / 99,600 = 1,004,016,064.3 predictions.
 LONG, SHORT = 334_672_022, 334_672_021
 LONG_PREDICTION, SHORT_PREDICTION = 1_004_016_065, 1_004_016_064
@@ -48,18 +39,17 @@ LONG_PREDICTION, SHORT_PREDICTION = 1_004_016_065, 1_004_016_064
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with AMX and a compiler, unless it is told otherwise."""
+    """A machine with AMX and a compiler, unless `set_up` changes it."""
 
     def set_up(*, capabilities=("amx_bf16", "avx512_bf16"), compiler=True, cuda_bf16=True):
-        found = dict.fromkeys(("amx_bf16", "avx512_bf16"), False) | dict.fromkeys(
-            capabilities, True
-        )
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+        names = {"amx_bf16", "avx512_bf16", *capabilities}
+        units = {name: name in capabilities for name in names}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
         monkeypatch.setattr(module.shutil, "which", lambda name: "/bin/g++" if compiler else None)
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: cuda_bf16
         )
-        return found
+        return units
 
     set_up()
     return set_up
@@ -72,44 +62,31 @@ def planned(model, runtime=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("build", "asked", "clones", "expected"),
+    ("build", "asked", "num_clones", "expected"),
     [
-        # Left to the rule: a small model is batched and nothing else, a large one all else.
+        # Left open: clones of a small model are batched, a large model gets everything else.
         (small, {}, 3, Plan("cpu", False, False, True, False)),
         (large, {}, 3, Plan("cpu", True, True, False, False)),
-        # One clone cannot be batched, however small, and whoever asks.
+        # One clone cannot be batched.
         (small, {}, 1, Plan("cpu", False, False, False, False)),
-        (large, {}, 1, Plan("cpu", True, True, False, False)),
         (small, {"batch_clones": True}, 1, Plan("cpu", False, False, False, False)),
-        # Asked for, the rule is silent.
+        # An option that is set is kept.
         (small, {"bf16": True}, 3, Plan("cpu", True, False, True, False)),
-        (large, {"bf16": True}, 3, Plan("cpu", True, True, False, False)),
-        (small, {"bf16": False}, 3, Plan("cpu", False, False, True, False)),
         (large, {"bf16": False}, 3, Plan("cpu", False, True, False, False)),
         (small, {"batch_clones": False}, 3, Plan("cpu", False, False, False, False)),
-        (large, {"batch_clones": False}, 3, Plan("cpu", True, True, False, False)),
         (large, {"compile": False}, 3, Plan("cpu", True, False, False, False)),
-        # Clones in one pass are never compiled; alone, on demand, even small ones are.
-        (small, {"compile": True}, 3, Plan("cpu", False, False, True, False)),
-        (large, {"batch_clones": True}, 3, Plan("cpu", True, False, True, False)),
-        (large, {"batch_clones": True, "compile": True}, 3, Plan("cpu", True, False, True, False)),
         (small, {"compile": True}, 1, Plan("cpu", False, True, False, False)),
-        (
-            small,
-            {"compile": True, "batch_clones": False},
-            3,
-            Plan("cpu", False, True, False, False),
-        ),
-        (large, {"compile": True}, 3, Plan("cpu", True, True, False, False)),
-        # Graphs are of a GPU.
+        # Batched clones are never compiled.
+        (small, {"compile": True}, 3, Plan("cpu", False, False, True, False)),
+        (large, {"batch_clones": True, "compile": True}, 3, Plan("cpu", True, False, True, False)),
+        # A CPU has no CUDA graphs.
         (large, {"cuda_graphs": True}, 3, Plan("cpu", True, True, False, False)),
-        (small, {"cuda_graphs": True}, 3, Plan("cpu", False, False, True, False)),
     ],
 )
-def test_what_is_left_open_is_chosen_by_rule_and_what_is_asked_for_is_done(
-    machine, build, asked, clones, expected
+def test_open_options_follow_the_rule_and_set_options_are_kept(
+    machine, build, asked, num_clones, expected
 ):
-    assert planned(build(), asked, num_clones=clones) == expected
+    assert planned(build(), asked, num_clones=num_clones) == expected
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -146,12 +123,12 @@ def test_a_cpu_without_matrix_units_for_bfloat16_trains_in_float32(machine, capa
     assert planned(large(), {"bf16": True}).bf16
 
 
-def test_a_pytorch_that_does_not_tell_trains_in_float32(machine, monkeypatch):
+def test_a_pytorch_without_capabilities_trains_in_float32(machine, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not planned(large()).bf16
 
 
-def test_a_machine_without_a_compiler_is_left_alone_unless_asked(machine):
+def test_without_a_compiler_nothing_is_compiled_by_rule(machine):
     machine(compiler=False)
     assert not planned(large()).compile
     assert planned(large(), {"compile": True}).compile
@@ -174,11 +151,11 @@ def test_a_phase_is_compiled_if_its_arithmetic_exceeds_the_threshold(
     assert planned(large(), num_samples=num_samples, training=training).compile == expected
 
 
-def test_the_papers_phases_earn_a_compilation_and_the_demo_does_not(machine):
+def test_phases_of_the_paper_are_compiled_and_the_demo_is_not(machine):
     # ResNet-32 on 32x32: 69.1 million multiply-adds (He et al. 2016 count 0.069 GFLOP), twice that
     # in operations. Phase 1 of the paper: 3 clones, 5,000 images, 164 epochs, 3 passes.
     model, x = resnet32(), torch.zeros(1, 3, 32, 32)
-    assert module._flop(model, x) == pytest.approx(2 * 69.1e6, rel=0.01)
+    assert count_flop(model, x) == pytest.approx(2 * 69.1e6, rel=0.01)
     paper = plan(model, x, Runtime(device="cpu", compile=None), num_samples=3 * 5000 * 164)
     assert paper.compile
     short = plan(model, x, Runtime(device="cpu", compile=None), num_samples=3 * 500 * 40)
@@ -191,7 +168,7 @@ def test_the_same_arguments_decide_the_same(machine):
 
 
 class Counts(nn.Module):
-    """Changes a buffer whenever it runs, in whatever mode, and has a part in another mode."""
+    """Changes a buffer in every forward pass and has a part in another mode."""
 
     def __init__(self):
         super().__init__()
@@ -250,8 +227,8 @@ def test_nothing_is_run_for_a_phase_of_no_samples(machine):
     assert len(ran) == 1
 
 
-def test_a_runtime_is_compared_by_what_it_does_not_by_where_it_logs():
-    assert Runtime(log=print) == Runtime() == Runtime(log=len)
+def test_runtimes_are_compared_without_their_log():
+    assert Runtime(log=print) == Runtime() == Runtime(device="auto", log=len)
     assert hash(Runtime(log=print)) == hash(Runtime())
     for change in (
         {"device": "cpu"},
@@ -280,14 +257,14 @@ def test_a_negative_budget_is_refused():
 
 
 @pytest.mark.parametrize(("seen", "expected"), [(True, "cuda"), (False, "cpu")])
-def test_the_device_is_a_gpu_where_one_is_seen(monkeypatch, seen, expected):
+def test_the_device_is_a_gpu_if_pytorch_sees_one(monkeypatch, seen, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
     assert Runtime().target == torch.device(expected)
     assert Runtime(device="cpu").target == torch.device("cpu")
     assert Runtime(device="cuda:1").target == torch.device("cuda:1")
 
 
-def test_settings_seed_what_draws_inside_and_restore_what_was_outside():
+def test_settings_seed_the_block_and_restore_the_generator():
     torch.manual_seed(1)
     outside = torch.get_rng_state()
     with settings(Runtime(device="cpu"), 5):
@@ -307,9 +284,9 @@ def test_settings_seed_what_draws_inside_and_restore_what_was_outside():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A second GPU that is not there: which is the current one, and the seeds that each was given.
+    """Imitate two GPUs: record the current one and the seeds that each one gets.
 
-    Seeds, streams and graphs are those of the current GPU, which is the first unless told.
+    Seeds, streams and graphs are those of the current GPU, which is the first by default.
     """
     current, seeded = [0], []
 
@@ -346,166 +323,18 @@ def test_cudnn_is_made_deterministic_and_left_alone_otherwise(gpu, enabled, allo
         assert flags() == (enabled, allow_tf32, False, True)
 
 
-class Clock:
-    """Time that passes when a test says so, or by a fixed step at every look."""
-
-    def __init__(self, *, step=0.0):
-        self.now, self._step = 100.0, step
-
-    def monotonic(self):
-        self.now += self._step
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    def set_up(**options):
-        made = Clock(**options)
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=made.monotonic))
-        return made
-
-    return set_up
-
-
-def test_progress_by_hand(clock):
-    time, lines = clock(), []
-    progress = Progress(lines.append, "Phase 2", 4, 1000)
-    for elapsed, epoch, share in [
-        (1, 0, 0.1),
-        (4.9, 0, 0.4),
-        (5, 0, 0.5),  # half an epoch of 1000 in 5 s: 100 samples/s, 3.5 epochs need 35 s
-        (9.9, 0, 1.0),
-        (10, 1, 0.0),  # 1 epoch in 10 s: 100 samples/s, 3 epochs need 30 s
-        (14.9, 1, 0.5),
-        (40, 1, 0.25),  # 1.25 epochs in 40 s: 31.25 samples/s, 2.75 epochs need 88 s
-        (44.9, 2, 0.5),
-        (45, 3, 1.0),  # 4 epochs in 45 s: 88.9 samples/s, nothing left
-    ]:
-        time.now = 100 + elapsed
-        progress.step(epoch, share)
-    assert lines == [
-        "Phase 2: epoch 1 of 4, 100 samples/s, 35 s left",
-        "Phase 2: epoch 2 of 4, 100 samples/s, 30 s left",
-        "Phase 2: epoch 2 of 4, 31 samples/s, 1 min 28 s left",
-        "Phase 2: epoch 4 of 4, 89 samples/s, 0 s left",
-    ]
-
-
 @pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (0, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 0 s"),
-        (61, "1 min 1 s"),
-        (3599.4, "59 min 59 s"),
-        (3599.6, "1 h 0 min"),
-        (3600 + 59 * 60 + 59, "1 h 59 min"),
-        (100 * 3600, "100 h 0 min"),
-    ],
-)
-def test_durations_in_words(seconds, expected):
-    assert module._duration(seconds) == expected
-
-
-def test_thousands_are_marked(clock):
-    time, lines = clock(), []
-    progress = Progress(lines.append, "Phase 1", 2, 1_000_000)
-    time.now += 5
-    progress.step(0, 0.5)
-    assert lines == ["Phase 1: epoch 1 of 2, 100,000 samples/s, 15 s left"]
-
-
-def test_without_a_log_nothing_is_said(clock):
-    time = clock()
-    progress = Progress(None, "Phase 1", 2, 100)
-    time.now += 1000
-    progress.step(0, 0.5)
-
-
-RECIPE = Recipe(epochs=2, batch_size=8)
-
-
-def test_a_phase_reports_to_the_log_every_few_seconds(clock):
-    # 2 s pass at every look: 38 samples are 5 batches, so step k of 10 ends 2k s after the start,
-    # and the lines come at steps 3, 6 and 9. Two clones, 76 samples an epoch, 15.2 a step.
-    clock(step=2.0)
-    lines = []
-    runtime = Runtime(device="cpu", log=lines.append)
-    fit(mlp(), clone(mlp().state_dict(), 2), DATA, RECIPE, runtime=runtime, phase="Phase 1")
-    assert lines == [
-        "Phase 1: epoch 1 of 2, 8 samples/s, 14 s left",
-        "Phase 1: epoch 2 of 2, 8 samples/s, 8 s left",
-        "Phase 1: epoch 2 of 2, 8 samples/s, 2 s left",
-    ]
-
-
-def test_a_short_phase_is_silent(clock):
-    clock(step=0.4)  # 10 steps are 4 s
-    lines = []
-    runtime = Runtime(device="cpu", log=lines.append)
-    fit(mlp(), clone(mlp().state_dict(), 2), DATA, RECIPE, runtime=runtime)
-    assert lines == []
-
-
-def test_a_log_does_not_change_the_result(clock):
-    clock(step=2.0)
-    start = clone(mlp().state_dict(), 2)
-    told = fit(mlp(), start, DATA, RECIPE, runtime=Runtime(device="cpu", log=lambda line: None))
-    assert same_bits(told, fit(mlp(), start, DATA, RECIPE, runtime=Runtime(device="cpu")))
-
-
-def test_every_phase_is_called_by_its_number(clock):
-    clock(step=3.0)
-    lines = []
-    runtime = Runtime(device="cpu", log=lines.append)
-    core = Core(
-        model=mlp(),
-        dataset=DATA,
-        recipe=RECIPE,
-        distillation=Distillation(recipe=RECIPE),
-        runtime=runtime,
-    )
-    params = core.pretrain()
-    edge = train_edge(mlp(), params, DATA, RECIPE, num_clones=2, runtime=runtime)
-    core.distill(CoreState(params), edge)
-    # 10 steps of 3 s each: one line at every second step.
-    names = [line.split(":")[0] for line in lines]
-    assert names == ["Phase 0"] * 5 + ["Phase 1"] * 5 + ["Phase 2"] * 5
-
-
-def test_two_phases_at_once_report_by_themselves(clock):
-    # Edges of an in-process federation train in threads of one process.
-    clock(step=1.0)
-    lines = {name: [] for name in ("a", "b")}
-
-    def train(name):
-        runtime = Runtime(device="cpu", log=lines[name].append)
-        recipe = Recipe(epochs=4, batch_size=8, stop=Plateau(10))
-        model = mlp() if name == "a" else cnn()
-        fit(model, clone(model.state_dict(), 1), DATA, recipe, runtime=runtime, phase=name)
-
-    threads = [threading.Thread(target=train, args=(name,)) for name in lines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(lines[name] for name in lines)
-    assert all(line.startswith(f"{name}: epoch ") for name in lines for line in lines[name])
-
-
-@pytest.mark.parametrize(
-    ("device", "shape", "fewest", "expected"),
+    ("device", "shape", "minimum", "expected"),
     [
         ("cpu", (1, 3, 32, 32), 128, 128),
         ("cuda", (1, 3, 32, 32), 128, 2048),
         ("cuda", (1, 3, 32, 32), 100, 2000),
-        # 2^25 bytes are 55 images of 3 x 224 x 224 as float32: fewer than the fewest.
+        # 2^25 bytes are 55 images of 3 x 224 x 224 as float32: fewer than the minimum.
         ("cuda", (1, 3, 224, 224), 128, 128),
         ("cuda", (1, 3, 224, 224), 16, 48),
         ("cuda", (1, 0), 128, 2048),
     ],
 )
-def test_a_gpu_handles_as_many_samples_at_once_as_are_small(device, shape, fewest, expected):
-    found = samples_at_once(torch.device(device), torch.zeros(shape), fewest)
-    assert found == expected
+def test_a_gpu_handles_as_many_samples_at_once_as_are_small(device, shape, minimum, expected):
+    actual = samples_at_once(torch.device(device), torch.zeros(shape), minimum)
+    assert actual == expected

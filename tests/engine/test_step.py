@@ -1,7 +1,7 @@
-"""The recording of a step, with a recorder for the CPU in the place of CUDA graphs.
+"""The recording of a step on the CPU, with a recorder that keeps the contract of CUDA graphs.
 
-It keeps CUDA's contract: the function does not run while it is recorded, every replay runs it anew
-on the same fixed batches and learning rate, and overwrites the same outcome.
+The function does not run while it is recorded. Every replay runs it again on the same fixed batches
+and learning rate, and overwrites the same outcome.
 """
 
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from flwr_cloned_kd.engine import fit as engine
 from flwr_cloned_kd.engine.lanes import lanes
 from flwr_cloned_kd.engine.losses import Batch
 from flwr_cloned_kd.engine.runtime import Plan
-from flwr_cloned_kd.engine.step import WARM_UP_STEPS, Outcome, Recorded, Step
+from flwr_cloned_kd.engine.step import WARM_UP_STEPS, Outcome, RecordedStep, Step
 from tests.helpers.reference import ROUNDING, cnn, distance, images, mlp, same_bits, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,64 +43,68 @@ DATA = images(38)
 RECIPE = Recipe(epochs=3, batch_size=8, augment=CropAndFlip(1))
 
 
-class Recorder:
-    """Counts what a recorded step does."""
+class Counts:
+    """What the recorded steps of one or several phases did."""
 
-    def __init__(self, num_clones=3, batch_size=8):
-        self.shape = (num_clones, batch_size, 3)
-        self.sizes, self.rates, self.warm_ups, self.records, self.replays = [], [], 0, 0, 0
+    def __init__(self):
+        self.sizes = []
+        self.rates = []
+        self.warm_ups = self.records = self.replays = 0
+
+
+class RecordedOnCpu(RecordedStep):
+    """Keeps the contract of a CUDA graph on the CPU, and counts."""
+
+    def __init__(self, step, counts):
+        self.counts = counts
+        self.first_outcome = None
+
+        def counted(batches, lr):
+            counts.sizes.append(len(batches[0].rows))
+            counts.rates.append(float(lr))
+            outcome = step(batches, lr)
+            if self.first_outcome is None:
+                self.first_outcome = outcome
+            return outcome
+
+        super().__init__(counted, torch.device("cpu"))
 
     def record(self, run):
-        self.records += 1
-        fixed = Outcome(torch.full(self.shape, torch.nan), torch.full(self.shape[:1], torch.nan))
+        self.counts.records += 1
+        fixed = Outcome(*(torch.full_like(part, torch.nan) for part in self.first_outcome))
 
         def replay():
-            self.replays += 1
-            for kept, found in zip(fixed, run()):
-                kept.copy_(found)
+            self.counts.replays += 1
+            for old, new in zip(fixed, run()):
+                old.copy_(new)
 
         return replay, fixed
 
     @contextmanager
-    def aside(self):
-        self.warm_ups += 1
+    def warming_up(self):
+        self.counts.warm_ups += 1
         yield
 
-    def around(self, step):
-        def run(batches, lr):
-            self.sizes.append(len(batches[0].rows))
-            self.rates.append(float(lr))
-            return step(batches, lr)
 
-        return Recorded(run, self.record, self.aside, torch.device("cpu"))
+@contextmanager
+def recording():
+    """Record the steps of all fits in the block on the CPU."""
+    counts = Counts()
 
+    def make_step(lanes, recipe, loss, num_clones, plan):
+        return RecordedOnCpu(Step(lanes, recipe, loss, num_clones), counts)
 
-@pytest.fixture
-def recorder(monkeypatch):
-    """Let the engine record every step of the fits that follow."""
-    made, plain = [], engine._step
-
-    def switch_on(**options):
-        made.append(Recorder(**options))
-        monkeypatch.setattr(
-            engine, "_step", lambda *args: made[-1].around(Step(args[0], *args[1:4]))
-        )
-        return made[-1]
-
-    def switch_off():
-        monkeypatch.setattr(engine, "_step", plain)
-
-    switch_on.off = switch_off
-    return switch_on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "make_step", make_step)
+        yield counts
 
 
-def both_ways(recorder, run, **options):
-    """Return what `run` makes of a plain step, of a recorded one, and the recorder."""
+def both_ways(run):
+    """Return the result of `run` with plain steps, with recorded steps, and the counts."""
     plain = run()
-    used = recorder(**options)
-    found = run()
-    recorder.off()
-    return plain, found, used
+    with recording() as counts:
+        actual = run()
+    return plain, actual, counts
 
 
 def trained(model, recipe=RECIPE, *, num_clones=3, runtime=ONE_BY_ONE, **options):
@@ -122,76 +126,75 @@ def trained(model, recipe=RECIPE, *, num_clones=3, runtime=ONE_BY_ONE, **options
     ],
     ids=["plain", "no views", "proximal", "noisy", "bare SGD", "all"],
 )
-def test_a_recorded_step_trains_to_the_same_bits(recorder, build, runtime, change):
+def test_a_recorded_step_trains_to_the_same_bits(build, runtime, change):
     recipe = replace(RECIPE, **change)
-    plain, found, used = both_ways(
-        recorder, lambda: trained(build(), recipe, runtime=runtime), num_clones=3
-    )
-    assert same_bits(found, plain)
-    assert used.records == 1
-    assert distance(found, clone(build().state_dict(), 3)) > 0.1
+    plain, actual, counts = both_ways(lambda: trained(build(), recipe, runtime=runtime))
+    assert same_bits(actual, plain)
+    assert counts.records == 1
+    assert distance(actual, clone(build().state_dict(), 3)) > 0.1
 
 
-def test_a_recorded_step_ends_where_the_slow_twin_does(recorder):
-    recorder()
+def test_a_recorded_step_ends_where_the_slow_twin_does():
     recipe = replace(RECIPE, proximal_mu=0.1, label_noise=shuffle_labels)
-    found = trained(mlp(), recipe)
+    with recording():
+        actual = trained(mlp(), recipe)
     for e in range(3):
         expected = train(mlp(), mlp().state_dict(), DATA, recipe, seed=6, clone=e)
-        assert distance(member(found, e), expected) < ROUNDING
+        assert distance(member(actual, e), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 4])
-def test_the_first_steps_warm_up_and_smaller_batches_are_never_recorded(recorder, epochs):
-    used = recorder()
-    trained(mlp(), replace(RECIPE, epochs=epochs))
+def test_full_batches_warm_up_then_replay_and_smaller_ones_do_not(epochs):
+    with recording() as counts:
+        trained(mlp(), replace(RECIPE, epochs=epochs))
     assert WARM_UP_STEPS == 3
-    assert used.sizes == [8, 8, 8, 8, 6] * epochs
+    assert counts.sizes == [8, 8, 8, 8, 6] * epochs
     # Of 4 full batches an epoch the first three warm up, once; all others are replayed.
-    assert (used.warm_ups, used.records, used.replays) == (3, 1, 4 * epochs - 3)
+    assert (counts.warm_ups, counts.records, counts.replays) == (3, 1, 4 * epochs - 3)
 
 
-def test_a_phase_shorter_than_the_warm_up_is_never_recorded(recorder):
-    used = recorder()
-    trained(mlp(), replace(RECIPE, epochs=1, batch_size=16))  # 16, 16, 6
-    assert (used.sizes, used.warm_ups, used.records) == ([16, 16, 6], 2, 0)
+def test_a_phase_shorter_than_the_warm_up_is_never_recorded():
+    with recording() as counts:
+        trained(mlp(), replace(RECIPE, epochs=1, batch_size=16))  # 16, 16, 6
+    assert (counts.sizes, counts.warm_ups, counts.records) == ([16, 16, 6], 2, 0)
 
 
-def test_data_smaller_than_a_batch_is_a_batch_of_full_size(recorder):
+def test_data_smaller_than_a_batch_is_a_batch_of_full_size():
     def run():
         return trained(mlp(), replace(RECIPE, epochs=6, batch_size=100))
 
-    plain, found, used = both_ways(recorder, run, batch_size=38)
-    assert same_bits(found, plain)
-    assert (used.sizes, used.warm_ups, used.replays) == ([38] * 6, 3, 3)
+    plain, actual, counts = both_ways(run)
+    assert same_bits(actual, plain)
+    assert (counts.sizes, counts.warm_ups, counts.replays) == ([38] * 6, 3, 3)
 
 
-def test_the_learning_rate_follows_the_schedule_when_replayed(recorder):
-    used = recorder()
-    trained(mlp(), replace(RECIPE, epochs=4, lr=0.2, schedule=step_decay))
-    # 20 steps: 10 of 0.2, 5 of a tenth and 5 of a hundredth of it; kept as float32.
+def test_the_learning_rate_follows_the_schedule_when_replayed():
+    with recording() as counts:
+        trained(mlp(), replace(RECIPE, epochs=4, lr=0.2, schedule=step_decay))
+        # A step that kept the rate of the recording would end with other weights.
+        flat = replace(RECIPE, epochs=4, lr=0.2, schedule=lambda share: 1.0)
+        end = trained(mlp(), flat)
+        assert distance(end, trained(mlp(), replace(flat, schedule=step_decay))) > 0.1
+    # 20 steps in float32: 10 at the rate 0.2, 5 at a tenth and 5 at a hundredth of it.
     expected = [0.2] * 10 + [0.02] * 5 + [0.002] * 5
-    assert used.rates == pytest.approx(expected, rel=1e-7)
-    # The same, had the rate of the recorded step been kept, would end elsewhere.
-    flat = replace(RECIPE, epochs=4, lr=0.2, schedule=lambda done: 1.0)
-    assert distance(trained(mlp(), flat), trained(mlp(), replace(flat, schedule=step_decay))) > 0.1
+    assert counts.rates[:20] == pytest.approx(expected, rel=1e-7)
 
 
-def test_targets_of_teachers_are_copied_for_every_replay(recorder):
+def test_targets_of_teachers_are_copied_for_every_replay():
     def targets(batch):
-        # Rows and epochs tell targets apart, so a stale one would be seen.
+        # Targets differ for every row and epoch, so a stale target would change the result.
         angle = batch.rows.float() + 50 * batch.epoch
         return torch.stack([angle.sin(), angle.cos(), -angle.sin()], 1).softmax(1)
 
     def run():
         return trained(mlp(), loss=distillation(4.0), targets=targets)
 
-    plain, found, _ = both_ways(recorder, run)
-    assert same_bits(found, plain)
-    assert distance(found, trained(mlp())) > 1e-2
+    plain, actual, _ = both_ways(run)
+    assert same_bits(actual, plain)
+    assert distance(actual, trained(mlp())) > 1e-2
 
 
-def test_a_recorded_round_gives_the_core_the_same_bits(recorder):
+def test_a_recorded_round_gives_the_core_the_same_bits():
     core = Core(
         model=mlp(),
         dataset=DATA,
@@ -211,12 +214,12 @@ def test_a_recorded_round_gives_the_core_the_same_bits(recorder):
             state, _ = core.distill(state, edge)
         return state.params
 
-    plain, found, used = both_ways(recorder, run, num_clones=1)
-    assert same_bits(found, plain)
-    assert used.records == 2  # one per round: a recording is of one student's tensors
+    plain, actual, counts = both_ways(run)
+    assert same_bits(actual, plain)
+    assert counts.records == 2  # one per round: a recording holds the tensors of one student
 
 
-def test_the_history_reads_each_outcome_before_it_is_overwritten(recorder):
+def test_the_history_reads_each_outcome_before_it_is_overwritten():
     seen = []
 
     def run():
@@ -226,23 +229,22 @@ def test_the_history_reads_each_outcome_before_it_is_overwritten(recorder):
 
         return trained(mlp(), replace(RECIPE, stop=stop))
 
-    plain, found, _ = both_ways(recorder, run)
-    assert same_bits(found, plain)
+    plain, actual, _ = both_ways(run)
+    assert same_bits(actual, plain)
     assert seen[3:] == seen[:3]
     assert len({epoch.loss for epoch in seen[2]}) == 3
 
 
-def test_dropout_draws_anew_when_replayed(recorder):
-    plain, found, _ = both_ways(recorder, lambda: trained(mlp(nn.Dropout(0.5))))
-    assert same_bits(found, plain)
+def test_dropout_draws_anew_when_replayed():
+    plain, actual, _ = both_ways(lambda: trained(mlp(nn.Dropout(0.5))))
+    assert same_bits(actual, plain)
 
 
-def test_the_same_seed_gives_the_same_bits_when_recorded(recorder):
-    recorder()
-    first = trained(mlp())
-    torch.manual_seed(8)
-    recorder()
-    assert same_bits(trained(mlp()), first)
+def test_the_same_seed_gives_the_same_bits_when_recorded():
+    with recording():
+        first = trained(mlp())
+        torch.manual_seed(8)
+        assert same_bits(trained(mlp()), first)
 
 
 def batch_of(num_rows, value):
@@ -251,48 +253,41 @@ def batch_of(num_rows, value):
 
 
 def test_a_recorded_step_by_hand():
-    # The step says the sum of its inputs times the rate. Batches belong to the caller: what is
-    # recorded are copies, always the same ones, and each call overwrites them.
-    seen = []
+    # The step returns the sum of its inputs times the rate. Batches belong to the caller: a
+    # recording reads copies of them, always the same tensors, and each call overwrites the copies.
+    calls = []
 
     def step(batches, lr):
-        seen.append((batches[0].inputs.data_ptr(), lr))
+        calls.append((batches[0].inputs.data_ptr(), lr))
         return Outcome(batches[0].inputs.sum().view(1, 1, 1) * lr, torch.zeros(1) + lr)
 
-    def record(run):
-        fixed = Outcome(torch.zeros(1, 1, 1), torch.zeros(1))
-        return lambda: [kept.copy_(found) for kept, found in zip(fixed, run())], fixed
-
-    @contextmanager
-    def aside():
-        yield
-
-    recorded = Recorded(step, record, aside, torch.device("cpu"))
-    given = [batch_of(2, value) for value in range(6)]
+    recorded = RecordedOnCpu(step, Counts())
+    batches = [batch_of(2, value) for value in range(6)]
     # 2 rows of 2 numbers, each `value`, times the rate 0.5: 2 value.
-    assert [recorded([batch], 0.5).logits.item() for batch in given] == [0, 2, 4, 6, 8, 10]
-    assert len({pointer for pointer, _ in seen}) == 1
-    assert len({lr.data_ptr() for _, lr in seen}) == 1
-    assert all(batch.inputs.unique().tolist() == [value] for value, batch in enumerate(given))
-    first, second = recorded([given[1]], 0.5), recorded([given[1]], 0.25)
+    assert [recorded([batch], 0.5).logits.item() for batch in batches] == [0, 2, 4, 6, 8, 10]
+    assert len({pointer for pointer, _ in calls}) == 1
+    assert len({lr.data_ptr() for _, lr in calls}) == 1
+    assert all(batch.inputs.unique().tolist() == [value] for value, batch in enumerate(batches))
+    first, second = recorded([batches[1]], 0.5), recorded([batches[1]], 0.25)
     assert first.logits is second.logits
-    assert second.values.item() == 0.25
-    # A batch of one row takes the plain way: its own tensors and the rate as a number.
+    assert second.losses.item() == 0.25
+    # A batch of one row is a plain step: its own tensors and the rate as a number.
     assert recorded([batch_of(1, 7)], 0.5).logits.item() == 7
-    assert seen[-1][1] == 0.5
-    assert isinstance(seen[-1][1], float)
-    # And the next one of full size is replayed as before.
-    assert recorded([given[5]], 0.5).logits.item() == 10
+    assert calls[-1][1] == 0.5
+    assert isinstance(calls[-1][1], float)
+    # The next batch of full size is replayed as before.
+    assert recorded([batches[5]], 0.5).logits.item() == 10
 
 
 def test_on_a_cpu_a_step_is_never_recorded(monkeypatch):
-    monkeypatch.setattr(engine, "recorded", None)
+    monkeypatch.setattr(engine, "RecordedStep", None)
     runtime = replace(ONE_BY_ONE, cuda_graphs=True)
     assert same_bits(trained(mlp(), runtime=runtime), trained(mlp()))
 
 
-def test_on_a_gpu_the_engine_records_the_step_it_was_planned_to(monkeypatch):
-    monkeypatch.setattr(engine, "recorded", lambda step, device: (step, device))
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_a_plan_with_graphs_makes_a_recorded_step_on_its_device(monkeypatch, cuda_graphs):
+    monkeypatch.setattr(engine, "RecordedStep", lambda step, device: (step, device))
     parts, _ = lanes(
         mlp(),
         clone(mlp().state_dict(), 2),
@@ -302,11 +297,11 @@ def test_on_a_gpu_the_engine_records_the_step_it_was_planned_to(monkeypatch):
         batch_size=8,
         num_samples=1,
     )
-    for graphs in (True, False):
-        made = engine._step(
-            parts, RECIPE, distillation(4), 2, Plan("cuda:1", False, False, False, graphs)
-        )
-        assert isinstance(made, tuple) == graphs
-        if graphs:
-            assert isinstance(made[0], Step)
-            assert made[1] == torch.device("cuda:1")
+    plan = Plan("cuda:1", False, False, False, cuda_graphs)
+    made = engine.make_step(parts, RECIPE, distillation(4), 2, plan)
+    if not cuda_graphs:
+        assert isinstance(made, Step)
+    else:
+        step, device = made
+        assert step.__func__ is Step.parallel
+        assert device == torch.device("cuda:1")

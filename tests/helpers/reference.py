@@ -1,4 +1,4 @@
-"""Slow twins: the same algorithm as a textbook writes it, one model and one term at a time.
+"""Slow twins: the algorithm as in a textbook, one model and one term at a time.
 
 Nothing here imports the engine, the losses or the core, so that a shared mistake is unlikely.
 """
@@ -15,11 +15,11 @@ from flwr_cloned_kd.engine.recipe import Epoch, fold_in
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 
-# Two computations of the same sums in another order part by float32's rounding, 6e-8 relative,
-# which 20 steps amplify: at most 3e-6 was seen in 288 runs, in weights of about 1. A wrong step is
-# off by 1e-3 or more. The models below are smooth, because at the kink of a ReLU rounding can turn
-# a gradient off; and no batch should have two samples, since BatchNorm divides their difference
-# by itself.
+# Two sums of the same numbers in another order differ by the rounding of float32, 6e-8 relative,
+# which 20 steps amplify. The largest difference in 288 runs was 3e-6, for weights of about 1. A
+# wrong step differs by 1e-3 or more. The models below are smooth, because at the kink of a ReLU
+# rounding can switch a gradient off. No batch should have two samples, because BatchNorm then
+# divides their difference by itself.
 ROUNDING = 2e-5
 
 
@@ -36,7 +36,7 @@ def cnn(*, seed=1):
 
 
 def images(num_samples, *, num_classes=3, seed=0):
-    """Make a dataset that can be learned: 8x8 grey noise around one pattern per class."""
+    """Make a dataset of 8x8 grey images: noise around one pattern per class."""
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randn(num_classes, 1, 8, 8, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(num_samples) % num_classes
@@ -53,7 +53,7 @@ def same_bits(left, right):
 
 
 def distance(left, right):
-    """Return the largest absolute difference of any two numbers."""
+    """Return the largest absolute difference of two state dicts."""
     assert left.keys() == right.keys()
     return max((left[n].double() - right[n].double()).abs().max().item() for n in left)
 
@@ -63,18 +63,19 @@ def cross_entropy(logits, inputs, labels):
 
 
 def epoch_batches(dataset, recipe, generator, epoch=0, view_seed=None):
-    """Draw by the documented rule: a permutation, all views if the augmentation has finitely many,
+    """Draw the batches of an epoch in the documented order.
 
-    then per batch the augmentation if it has not, and the noise. With `view_seed` the views of an
-    epoch are drawn from that seed and the epoch's number.
+    First a permutation, then all views of a finite augmentation, then in every batch another
+    augmentation and the noise. With `view_seed` the views are drawn from that seed and the number
+    of the epoch.
     """
     inputs, labels = dataset
     order = torch.randperm(len(inputs), generator=generator)
     views = None
     if hasattr(recipe.augment, "view"):
         if view_seed is not None:
-            of_epoch = torch.Generator().manual_seed(fold_in(view_seed, "views", epoch))
-        views = recipe.augment.draw(len(inputs), generator if view_seed is None else of_epoch)
+            view_generator = torch.Generator().manual_seed(fold_in(view_seed, "views", epoch))
+        views = recipe.augment.draw(len(inputs), generator if view_seed is None else view_generator)
     for rows in order.split(recipe.batch_size):
         if len(rows) == 1 and 1 < recipe.batch_size < len(inputs):
             continue
@@ -104,7 +105,7 @@ def train(
     """Train one model by plain SGD with the draws of clone `clone`; return its state dict.
 
     Args:
-        fused: PyTorch's fused kernel rounds its multiply-adds once, the textbook one twice.
+        fused: use PyTorch's fused kernel, which rounds a multiply-add once instead of twice.
         history: a list that receives the mean loss and accuracy of every epoch.
     """
     model = copy.deepcopy(model).train()
@@ -150,20 +151,20 @@ def train(
 def divergences(
     logits, labels, teachers, weights, temperature, student_temperature=None, selection=None
 ):
-    """Eq. (2) with every divergence on its own: `teachers[m][e]` are logits `[B, C]`.
+    """Compute Eq. (2) with a separate term per divergence: `teachers[m][e]` are logits `[B, C]`.
 
-    With a selection, the divergence of a sample counts as much as the ensemble teaches of it.
+    A selection multiplies the divergence of a sample by the weight of the sample.
     """
     divisor = temperature if student_temperature is None else student_temperature
     total = F.cross_entropy(logits, labels)
     for weight, ensemble in zip(weights, teachers):
         tempered = [F.softmax(teacher / temperature, dim=1) for teacher in ensemble]
-        taught = torch.ones(len(labels))
+        sample_weights = torch.ones(len(labels))
         if selection is not None:
-            taught = selection(sum(tempered) / len(tempered), labels)
+            sample_weights = selection(sum(tempered) / len(tempered), labels)
         for target in tempered:
-            each = F.kl_div(F.log_softmax(logits / divisor, dim=1), target, reduction="none")
-            divergence = (taught * each.sum(1)).mean()
+            terms = F.kl_div(F.log_softmax(logits / divisor, dim=1), target, reduction="none")
+            divergence = (sample_weights * terms.sum(1)).mean()
             total = total + temperature**2 * weight / len(ensemble) * divergence
     return total
 
@@ -171,11 +172,11 @@ def divergences(
 def phase2(
     model, core, memory, dataset, distillation, *, seed, weights=None, start=None, core_seed=0
 ):
-    """Phase 2 as a plain loop; every teacher is run again at every step.
+    """Run Phase 2 as a plain loop that runs every teacher in every step.
 
     Args:
-        memory: the ensembles that teach, tensors `[E, ...]`.
-        start: where the student starts; None is the core.
+        memory: the ensembles of the teachers, tensors `[E, ...]`.
+        start: the start of the student; None is the core.
     """
     weights = [1.0] * len(memory) if weights is None else list(weights)
     if distillation.mean_over_memory:

@@ -1,4 +1,4 @@
-"""Nothing is lost: what is written can be read, or it is said why not; a run goes on from there."""
+"""Checkpoints: what is written can be read or is refused with a reason; a run resumes from it."""
 
 import json
 import random
@@ -51,14 +51,14 @@ def test_tensors_that_share_their_memory_can_be_written(path):
     assert torch.equal(file.read(path)[0]["across"], whole.view(2, 3).T)
 
 
-def test_the_one_before_is_kept(path):
+def test_the_previous_file_is_kept(path):
     for number in range(3):
         file.write(path, {"n": torch.tensor(number)}, {})
     assert file.read(path)[0]["n"] == 2
     assert file.read(file.previous(path))[0]["n"] == 1
 
 
-def test_without_hard_links_the_one_before_is_kept_too(path, monkeypatch):
+def test_without_hard_links_the_previous_file_is_kept_too(path, monkeypatch):
     def no_links(*names):
         raise OSError("not supported")
 
@@ -72,10 +72,18 @@ def test_without_hard_links_the_one_before_is_kept_too(path, monkeypatch):
 def test_a_file_cut_anywhere_is_damaged(path):
     file.write(path, TENSORS, HEADER)
     whole = path.read_bytes()
-    for length in range(0, len(whole), 7):
+    for length in (*range(0, len(whole), 7), len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(file.Damaged, match=r"core\.ckpt: expected"):
             file.read(path)
+
+
+@pytest.mark.parametrize("more", [b"\0", b"more", b"\0" * 4096], ids=["1", "4", "4096"])
+def test_a_file_that_was_appended_to_is_damaged(path, more):
+    file.write(path, TENSORS, HEADER)
+    path.write_bytes(path.read_bytes() + more)
+    with pytest.raises(file.Damaged, match=r"core\.ckpt: expected"):
+        file.read(path)
 
 
 def test_a_file_with_any_byte_changed_is_refused(path):
@@ -87,21 +95,21 @@ def test_a_file_with_any_byte_changed_is_refused(path):
             tensors, header = file.read(path)
         except ValueError:
             continue
-        # A flip that changes nothing that is read: a letter of safetensors' own padding.
+        # The flip changed only padding of safetensors, which is not read.
         assert header == HEADER
         assert same_bits(tensors, TENSORS)
 
 
-def test_what_is_no_checkpoint_is_said_to_be_none(path):
+def test_a_file_that_is_not_a_checkpoint_is_refused(path):
     path.write_text("epoch,loss\n1,0.5\n" * 10)
-    with pytest.raises(ValueError, match="expected a flwr-cloned-kd checkpoint, got 170 bytes"):
+    with pytest.raises(file.Damaged, match=r"core\.ckpt: expected a flwr-cloned-kd checkpoint"):
         file.newest(path)
     save_file({"w": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="got another kind of safetensors file"):
         file.newest(path)
 
 
-def test_a_newer_format_is_refused_even_if_there_is_an_older_file(path):
+def test_a_newer_format_is_refused_even_with_an_older_file(path):
     file.write(path, TENSORS, HEADER)
     file.write(path, TENSORS, HEADER)
     save_file({}, path, {"kind": file.KIND, "format": "2"})
@@ -109,25 +117,25 @@ def test_a_newer_format_is_refused_even_if_there_is_an_older_file(path):
         file.newest(path)
 
 
-def test_a_damaged_file_is_set_aside_and_the_one_before_used(path):
+def test_a_damaged_file_is_renamed_and_the_previous_one_used(path):
     for number in range(2):
         file.write(path, {"n": torch.tensor(number)}, {})
     path.write_bytes(path.read_bytes()[:-1])
     tensors, _, cause = file.newest(path)
     assert tensors["n"] == 0
-    assert "truncated" in cause
-    # The next write does not replace the good one by the damaged one.
+    assert "core.ckpt: expected" in cause
+    # The next write does not replace the intact previous file by the damaged one.
     file.write(path, {"n": torch.tensor(5)}, {})
     assert file.read(file.previous(path))[0]["n"] == 0
     assert path.with_name("core.ckpt.damaged").exists()
 
 
-def test_none_is_none(path):
+def test_without_a_file_there_is_no_checkpoint(path):
     assert file.newest(path) is None
 
 
 class Kept(Tally):
-    """The tally that can be written down, and stops as if killed before a round."""
+    """A tally with checkpoints, which stops as if killed before a given round."""
 
     def __init__(self, *args, stop_before=10**9, **options):
         super().__init__(*args, **options)
@@ -152,7 +160,7 @@ def interrupted(path, nodes, stop_before, **options):
     return grid
 
 
-def test_a_run_goes_on_where_it_stopped(path, flower_log):
+def test_a_run_resumes_where_it_stopped(path, flower_log):
     nodes = [adds(i) for i in range(1, 10)]
     interrupted(path, nodes, stop_before=5)
     strategy, grid = Kept(checkpoint=path), FakeGrid(nodes)
@@ -168,7 +176,7 @@ def test_a_run_goes_on_where_it_stopped(path, flower_log):
     assert f"Resuming from {path} after 4 rounds; the initial arrays are not used" in text
 
 
-def test_edges_that_were_in_flight_are_asked_again_under_their_old_numbers(path):
+def test_edges_in_flight_are_asked_again_with_the_same_numbers(path):
     nodes = [adds(i) for i in range(1, 10)]
     before = interrupted(path, nodes, stop_before=4, max_in_flight=3)
     strategy, grid = Kept(checkpoint=path, max_in_flight=3), FakeGrid(nodes)
@@ -190,7 +198,7 @@ def test_a_finished_run_returns_at_once(path):
     assert len(result.train_metrics_clientapp) == 2
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(path):
+def test_a_longer_run_continues_a_finished_one(path):
     nodes = [adds(1), adds(2), adds(4)]
     Kept(checkpoint=path).start(FakeGrid(nodes), NOTHING, num_rounds=2)
     strategy = Kept(checkpoint=path)
@@ -199,7 +207,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(path):
 
 
 def test_the_header_does_not_grow_with_the_rounds(path):
-    """The format allows it 100 MB, which at 700 bytes a round a long run would reach."""
+    """The format allows 100 MB, which a long run would reach at 700 bytes a round."""
 
     def header_bytes():
         return int.from_bytes(path.read_bytes()[:8], "little")
@@ -255,7 +263,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(path, monkeypatch, flo
     assert any("No checkpoint after round 1" in line for line in flower_log)
 
 
-def test_a_strategy_without_a_state_dict_is_told_so_before_it_runs(path):
+def test_a_strategy_without_a_state_dict_is_refused_at_once(path):
     with pytest.raises(ValueError, match=r"expected Tally to have state_dict\(\)"):
         Tally(checkpoint=path)
 
@@ -283,7 +291,7 @@ def written(path):
     return path
 
 
-def test_cloned_kd_takes_over_core_memory_and_what_it_knows(written):
+def test_cloned_kd_resumes_with_the_core_and_its_memory(written):
     strategy, straight = victim.make(written), victim.make()
     victim.run(straight, 2)
     victim.run(strategy, 2)
@@ -298,10 +306,9 @@ def test_cloned_kd_takes_over_core_memory_and_what_it_knows(written):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_another_model_seed_number_of_clones_or_strategy_is_named(written):
+def test_a_checkpoint_of_another_run_is_refused_by_name(written):
     core = victim.make().core
-    bigger = Core(model=nn.Linear(5, 3), dataset=core.dataset, distillation=core.distillation,
-                  seed=3)  # fmt: skip
+    bigger = replace(core, model=nn.Linear(5, 3))
     with pytest.raises(ValueError, match=r"core\.ckpt: core: weight: expected shape \(3, 5\)"):
         start_from(written, ClonedKD(bigger, num_clones=2, checkpoint=written))
     with pytest.raises(ValueError, match=r"core\.ckpt: num_clones: expected 3, got 2"):
@@ -331,12 +338,12 @@ def test_another_model_seed_number_of_clones_or_strategy_is_named(written):
 def test_another_distillation_is_named(written, change, expected):
     core = victim.make().core
     name = next(iter(change))
-    how = core.distillation
-    if hasattr(how, name):
-        how = replace(how, **change)
+    distillation = core.distillation
+    if hasattr(distillation, name):
+        distillation = replace(distillation, **change)
     else:
-        how = replace(how, recipe=replace(how.recipe, **change))
-    other = ClonedKD(replace(core, distillation=how), num_clones=2, checkpoint=written)
+        distillation = replace(distillation, recipe=replace(distillation.recipe, **change))
+    other = ClonedKD(replace(core, distillation=distillation), num_clones=2, checkpoint=written)
     with pytest.raises(ValueError, match=rf"core\.ckpt: {expected}"):
         start_from(written, other)
 
@@ -357,7 +364,7 @@ def test_a_longer_run_may_ask_edges_again(path):
     assert [row["edge"] for row in strategy.history] == ["1", "2", "1"]
 
 
-def test_a_header_that_lacks_something_is_named(written):
+def test_a_header_without_an_entry_is_refused(written):
     tensors, header = file.read(written)
     del header["state"]["train_accuracy"]
     file.write(written, tensors, header)
@@ -367,7 +374,7 @@ def test_a_header_that_lacks_something_is_named(written):
 
 @pytest.fixture(scope="module")
 def killer():
-    """Run the victim as a process that forks: torch is imported once."""
+    """Run the victim as a process that forks, so that torch is imported once."""
     process = subprocess.Popen(
         [sys.executable, str(Path(victim.__file__))],
         stdin=subprocess.PIPE,
@@ -389,8 +396,8 @@ def killer():
     process.stdout.close()
 
 
-def test_killed_at_twenty_random_instants_a_run_ends_with_the_same_bits(killer, tmp_path):
-    """Six of them while a checkpoint is written, where a file could be half there."""
+def test_a_run_killed_at_twenty_instants_ends_with_the_same_bits(killer, tmp_path):
+    """Six of the instants lie in the writing of a checkpoint, where a file could be incomplete."""
     straight = killer(tmp_path / "straight.ckpt")
     assert straight["status"] == 0
     assert len(straight["history"]) == 4
@@ -407,11 +414,11 @@ def test_killed_at_twenty_random_instants_a_run_ends_with_the_same_bits(killer, 
             assert resumed[what] == straight[what], (kill_at, what)
 
 
-def test_killed_again_and_again_a_run_still_gets_there(killer, tmp_path):
+def test_a_run_killed_three_times_in_a_row_still_ends(killer, tmp_path):
     straight, path = killer(tmp_path / "straight.ckpt"), tmp_path / "often.ckpt"
     first_write_ends = straight["writing"][1]
     for _ in range(3):
-        # Each life is long enough for one round and dies in the next.
+        # Each process completes one round and is killed in the next.
         assert killer(path, first_write_ends + 50)["status"] == -9
     resumed = killer(path)
     assert resumed["digest"] == straight["digest"]

@@ -8,8 +8,8 @@ from tests.helpers.reference import few
 
 
 def test_regions_and_consensus_of_ten_samples():
-    # The student is right on samples 0 to 5, the teacher on 2 to 6: 2 alone, 4 both, 1 alone,
-    # and 4 of the 7 that anybody gets right are common.
+    # The student is right on samples 0 to 5 and the teacher on 2 to 6: the student alone on 2, both
+    # on 4, the teacher alone on 1. Both are right on 4 of the 7 samples of the union.
     sample = torch.arange(10)
     venn = Venn.of(sample <= 5, (sample >= 2) & (sample <= 6))
     assert (venn.student_only, venn.both, venn.teacher_only) == (0.2, 0.4, 0.1)
@@ -21,7 +21,7 @@ masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=5
 
 @few
 @given(pairs=masks)
-def test_consensus_and_regions_are_fractions_and_the_regions_do_not_overlap(pairs):
+def test_consensus_and_disjoint_regions_are_fractions(pairs):
     student, teacher = torch.tensor(pairs).T
     venn = Venn.of(student, teacher)
     regions = (venn.student_only, venn.both, venn.teacher_only)

@@ -1,6 +1,7 @@
 import copy
+import doctest
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -27,8 +28,10 @@ from flwr_cloned_kd import (
     train_edge,
 )
 from flwr_cloned_kd.engine.ensemble import mean, seeded
-from flwr_cloned_kd.method.core import _student_start
+from flwr_cloned_kd.method import core as core_module
+from flwr_cloned_kd.method.core import student_start
 from tests.helpers import reference
+from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, cnn, distance, few, images, mlp, same_bits, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,15 +41,7 @@ RECIPE = Recipe(epochs=1, batch_size=8, augment=CropAndFlip(1))
 STILL = replace(RECIPE, lr=0)
 
 
-def core_of(model=None, **options):
-    how = {"recipe": RECIPE} | options.pop("distillation", {})
-    return Core(
-        model=mlp() if model is None else model,
-        dataset=DATA,
-        recipe=RECIPE,
-        distillation=Distillation(**how),
-        **options,
-    )
+core_of = partial(make_core, DATA, RECIPE)
 
 
 @cache
@@ -56,12 +51,12 @@ def trained_edge(build, index, num_clones):
 
 
 def edges_of(num_edges, num_clones, build=mlp):
-    """Train edges from one model, each on data of its own, so that they differ."""
+    """Train edges from one model on different data."""
     return [snapshot(trained_edge(build, index, num_clones)) for index in range(num_edges)]
 
 
 def frozen(state):
-    """Copy everything a state holds, to compare with later."""
+    """Copy all tensors of a state, to compare them later."""
     ensembles = tuple(snapshot(ensemble) for ensemble in state.memory)
     return replace(state, params=snapshot(state.params), memory=ensembles)
 
@@ -74,16 +69,12 @@ def assert_same(left, right):
     assert (left.version, left.train_accuracy) == (right.version, right.train_accuracy)
 
 
-def start_of(core):
-    return CoreState(snapshot(core.model.state_dict()))
-
-
 def phase_2_seed(core, version):
     return fold_in(core.seed, "phase-2", version)
 
 
 @pytest.mark.parametrize(
-    ("build", "num_clones", "how"),
+    ("build", "num_clones", "options"),
     [
         (mlp, 1, {"memory_size": 1}),
         (mlp, 3, {"memory_size": 3}),
@@ -107,12 +98,12 @@ def phase_2_seed(core, version):
         "by the probability of the label",
     ],
 )
-def test_four_rounds_equal_a_plain_loop_over_separate_divergences(build, num_clones, how):
-    core = core_of(build(), distillation=how, seed=3)
+def test_four_rounds_equal_a_plain_loop_over_separate_divergences(build, num_clones, options):
+    core = core_of(build(), distillation=options, seed=3)
     state, params, memory = start_of(core), core.model.state_dict(), []
     for version, edge in enumerate(edges_of(4, num_clones, build)):
         state, _ = core.distill(state, edge)
-        memory = [*memory, edge][-how["memory_size"] :]
+        memory = [*memory, edge][-options["memory_size"] :]
         seed = phase_2_seed(core, version)
         params = reference.phase2(
             core.model, params, memory, DATA, core.distillation, seed=seed, core_seed=core.seed
@@ -122,7 +113,7 @@ def test_four_rounds_equal_a_plain_loop_over_separate_divergences(build, num_clo
     assert distance(state.params, core.model.state_dict()) > 0.1
 
 
-def test_late_edges_teach_with_the_weight_they_were_given():
+def test_the_weight_of_a_late_edge_scales_its_kd_term():
     core = core_of(distillation={"memory_size": 2})
     first, second = edges_of(2, 2)
     state, _ = core.distill(start_of(core), first, weight=0.25)
@@ -174,19 +165,19 @@ def test_another_seed_gives_another_core():
 
 
 @pytest.mark.parametrize("memory_size", [1, 2, 3])
-def test_the_memory_holds_the_newest_ensembles_and_the_version_counts(memory_size):
+def test_the_memory_holds_the_newest_ensembles(memory_size):
     core = core_of(distillation={"memory_size": memory_size})
     state, edges = start_of(core), edges_of(4, 1)
     for count in range(1, 5):
         state, _ = core.distill(state, edges[count - 1])
         expected = edges[max(count - memory_size, 0) : count]
         assert len(state.memory) == len(state.memory_weights) == len(expected)
-        assert all(found is edge for found, edge in zip(state.memory, expected))
+        assert all(kept is edge for kept, edge in zip(state.memory, expected))
         assert state.version == count
         assert len(state.train_accuracy) == count
 
 
-def test_ensembles_of_different_sizes_teach_together():
+def test_ensembles_of_different_sizes_are_teachers_together():
     core = core_of(distillation={"memory_size": 2})
     first, second = edges_of(1, 1)[0], edges_of(1, 3)[0]
     state, _ = core.distill(start_of(core), first)
@@ -202,9 +193,9 @@ def test_ensembles_of_different_sizes_teach_together():
     assert distance(new.params, expected) < ROUNDING
 
 
-def test_a_refused_edge_leaves_the_very_state_and_is_not_remembered():
+def test_a_refused_edge_leaves_the_same_state():
     accepting = core_of()
-    refusing = replace(accepting, guard=lambda history, found: True)
+    refusing = replace(accepting, guard=lambda history, accuracy: True)
     good, bad, later = edges_of(3, 1)
     state, _ = accepting.distill(start_of(accepting), good)
 
@@ -219,9 +210,9 @@ def test_a_refused_edge_leaves_the_very_state_and_is_not_remembered():
     assert_same(new, accepting.distill(state, later)[0])
 
 
-def test_a_guard_sees_the_training_accuracies_so_far_and_that_of_this_round():
+def test_a_guard_gets_the_history_and_the_new_accuracy():
     calls = []
-    core = core_of(guard=lambda history, found: calls.append((history, found)))
+    core = core_of(guard=lambda history, accuracy: calls.append((history, accuracy)))
     first, second = edges_of(2, 1)
     state, metrics = core.distill(core.state(core.pretrain()), first)
     assert calls[0] == (state.train_accuracy[:1], metrics["train-accuracy"])
@@ -230,12 +221,12 @@ def test_a_guard_sees_the_training_accuracies_so_far_and_that_of_this_round():
     assert state.train_accuracy[1] == metrics["train-accuracy"] == core.train_accuracy(state.params)
 
 
-def test_the_guard_of_the_paper_refuses_a_jump_of_the_training_accuracy():
+def test_the_guard_of_the_paper_refuses_a_jump():
     core = core_of(guard=TrainAccuracyJump(0.1))
     (edge,) = edges_of(1, 1)
     _, metrics = core.distill(start_of(core), edge)
-    found = metrics["train-accuracy"]
-    for before, accepted in ((found - 0.2, False), (found - 0.05, True)):
+    accuracy = metrics["train-accuracy"]
+    for before, accepted in ((accuracy - 0.2, False), (accuracy - 0.05, True)):
         state = replace(start_of(core), train_accuracy=(before,))
         assert (core.distill(state, edge)[0] is not state) is accepted
 
@@ -280,11 +271,11 @@ def test_the_core_as_teacher_adds_one_teacher_of_weight_one():
 
 
 def weights_of(model, params):
-    """Select what a learning rate of 0 keeps; running statistics follow the data even so."""
+    """Select the parameters: with a learning rate of 0 only running statistics change."""
     return {name: params[name] for name, _ in model.named_parameters()}
 
 
-def test_a_student_starts_at_the_core_unless_told_otherwise():
+def test_a_student_starts_at_the_core_by_default():
     core = core_of(distillation={"recipe": STILL})
     (edge,) = edges_of(1, 2)
     new, _ = core.distill(start_of(core), edge)
@@ -294,7 +285,7 @@ def test_a_student_starts_at_the_core_unless_told_otherwise():
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_a_student_starts_a_share_of_the_way_to_the_mean_of_a_fresh_edges_clones(share):
+def test_a_student_starts_at_a_share_of_the_way_to_the_mean(share):
     core = core_of(distillation={"recipe": STILL, "student_start": share})
     (edge,) = edges_of(1, 3)
     new, _ = core.distill(start_of(core), edge)
@@ -306,7 +297,7 @@ def test_a_student_starts_a_share_of_the_way_to_the_mean_of_a_fresh_edges_clones
     assert distance(weights_of(core.model, new.params), expected) < 1e-6
 
 
-def test_a_student_adds_what_a_late_edge_has_learned_since_it_was_sent():
+def test_a_student_adds_the_movement_of_a_late_edge():
     core = core_of(distillation={"recipe": STILL, "student_start": 1.0})
     sent = snapshot(core.model.state_dict())
     (edge,) = edges_of(1, 3)
@@ -317,13 +308,13 @@ def test_a_student_adds_what_a_late_edge_has_learned_since_it_was_sent():
     assert distance(weights_of(core.model, new.params), expected) < 1e-6
 
 
-def test_the_running_statistics_of_a_start_come_from_the_clones_and_counters_from_the_core():
+def test_a_start_has_the_statistics_of_the_clones_and_own_counters():
     core = core_of()
     (edge,) = edges_of(1, 3)
     now = snapshot(mlp(seed=8).state_dict())
     now["2.num_batches_tracked"].fill_(70)
     now["2.running_var"].fill_(0.5)
-    start = _student_start(core.model, now, edge, core.model.state_dict(), 1.0)
+    start = student_start(core.model, now, edge, core.model.state_dict(), 1.0)
     assert (start["2.running_var"] - edge["2.running_var"].mean(0)).abs().max() < 1e-6
     assert (start["2.running_mean"] - edge["2.running_mean"].mean(0)).abs().max() < 1e-6
     assert start["2.num_batches_tracked"] == 70
@@ -339,13 +330,13 @@ def test_a_running_variance_never_becomes_negative(core, sent, clones, share):
     params = [snapshot(model.state_dict()) for _ in range(3)]
     for state, values in zip(params, (core, sent, clones)):
         state["2.running_var"] = torch.tensor(values)
-    start = _student_start(model, params[0], clone(params[2], 2), params[1], share)
+    start = student_start(model, params[0], clone(params[2], 2), params[1], share)
     assert (start["2.running_var"] >= 0).all()
 
 
 @pytest.mark.parametrize("held_out", [HELD_OUT, None], ids=["held out", "core data"])
-def test_an_edge_whose_predictions_overflow_is_refused_and_changes_nothing(held_out):
-    # Every weight is finite, as `as_ensemble` demands; their sums are not.
+def test_an_edge_whose_predictions_overflow_changes_nothing(held_out):
+    # Every weight is finite, as `as_ensemble` requires, but sums of the weights overflow.
     core = core_of(held_out=held_out)
     good, bad = edges_of(2, 2)
     state, _ = core.distill(start_of(core), good)
@@ -359,7 +350,7 @@ def test_an_edge_whose_predictions_overflow_is_refused_and_changes_nothing(held_
     assert_same(state, before)
 
 
-def test_a_core_that_would_not_be_finite_is_refused_by_name():
+def test_a_core_that_is_not_finite_is_refused_by_name():
     core = core_of(distillation={"recipe": replace(RECIPE, lr=1e38)})
     (edge,) = edges_of(1, 1)
     state = start_of(core)
@@ -401,12 +392,12 @@ def test_metrics_are_fractions_that_agree_with_each_other():
     assert all(type(value) is float for value in metrics.values())
     labels = HELD_OUT[1]
     logits = predict(core.model, edge, HELD_OUT[0])
-    each = [(logits[e].argmax(1) == labels).float().mean().item() for e in range(3)]
+    per_clone = [(logits[e].argmax(1) == labels).float().mean().item() for e in range(3)]
     together = (logits.softmax(-1).sum(0).argmax(1) == labels).float().mean().item()
     union = metrics["student-only"] + metrics["both"] + metrics["teacher-only"]
     expected = {
         "core-accuracy": core.held_out_accuracy(new.params),
-        "edge-accuracy": sum(each) / 3,
+        "edge-accuracy": sum(per_clone) / 3,
         "ensemble-accuracy": together,
         "consensus": metrics["both"] / union,
     }
@@ -416,9 +407,9 @@ def test_metrics_are_fractions_that_agree_with_each_other():
     assert metrics["teacher-only"] + metrics["both"] == pytest.approx(metrics["ensemble-accuracy"])
 
 
-def test_metrics_of_a_refused_round_are_those_of_the_core_that_was_refused():
+def test_metrics_of_a_refused_round_are_of_the_refused_core():
     accepting = core_of(held_out=HELD_OUT)
-    refusing = replace(accepting, guard=lambda history, found: True)
+    refusing = replace(accepting, guard=lambda history, accuracy: True)
     (edge,) = edges_of(1, 1)
     _, accepted = accepting.distill(start_of(accepting), edge)
     _, refused = refusing.distill(start_of(accepting), edge)
@@ -449,7 +440,7 @@ def test_pretraining_can_start_elsewhere():
     assert distance(core.pretrain(start), expected) < ROUNDING
 
 
-def test_a_new_state_knows_the_accuracy_of_phase_0():
+def test_a_new_state_has_the_accuracy_of_phase_0():
     core = core_of()
     params = core.pretrain()
     state = core.state(params)
@@ -461,12 +452,17 @@ def test_a_new_state_knows_the_accuracy_of_phase_0():
     assert state.train_accuracy[0] == pytest.approx(hits)
 
 
-def test_an_edge_trains_clones_of_what_it_was_sent():
+def test_an_edge_trains_clones_of_the_sent_model():
     params = mlp(seed=4).state_dict()
     edge = train_edge(mlp(), params, DATA, RECIPE, num_clones=2, seed=9)
     for e in range(2):
         expected = reference.train(mlp(), params, DATA, RECIPE, seed=9, clone=e)
         assert distance(member(edge, e), expected) < ROUNDING
+
+
+def test_the_example_of_the_docstring_runs():
+    failed, attempted = doctest.testmod(core_module)
+    assert (failed, attempted > 5) == (0, True)
 
 
 def test_every_round_has_an_edge_seed_of_its_own():
@@ -508,7 +504,7 @@ def test_a_weight_that_is_no_weight_is_refused(weight):
 
 
 def test_cores_and_their_states_are_compared_by_identity():
-    # What they hold is tensors, whose comparison is no truth value.
+    # Their fields hold tensors, and a comparison of tensors has no single truth value.
     for make in (core_of, lambda: start_of(core_of())):
         first, second = make(), make()
         assert first in [second, first]
@@ -523,7 +519,7 @@ def volumes(num_samples, seed):
 
 @pytest.mark.parametrize("batch_clones", [None, False])
 @pytest.mark.parametrize("num_clones", [1, 3])
-def test_a_model_of_volumes_is_trained_and_taught(num_clones, batch_clones):
+def test_a_model_of_volumes_can_be_trained_and_distilled(num_clones, batch_clones):
     layers = [nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.Tanh(), nn.AdaptiveAvgPool3d(2)]
     model = seeded(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)), 0)
     recipe = Recipe(epochs=2, batch_size=8)

@@ -9,9 +9,9 @@ from tests.helpers.reference import few
 HISTORY = (0.5, 0.6, 0.7)
 
 
-@pytest.mark.parametrize(("found", "refused"), [(0.69, False), (0.71, True), (1.0, True)])
-def test_a_round_is_refused_above_the_mean_of_the_rounds_before_plus_the_threshold(found, refused):
-    assert TrainAccuracyJump()(HISTORY, found) is refused
+@pytest.mark.parametrize(("accuracy", "refused"), [(0.69, False), (0.71, True), (1.0, True)])
+def test_a_jump_above_the_mean_of_the_history_is_refused(accuracy, refused):
+    assert TrainAccuracyJump()(HISTORY, accuracy) is refused
 
 
 def test_the_threshold_is_the_users_to_set():
@@ -33,14 +33,14 @@ def test_a_falling_training_accuracy_is_never_refused(history, share, rule):
 
 
 @pytest.mark.parametrize(
-    ("history", "found", "refused"),
+    ("history", "accuracy", "refused"),
     [
-        ((), 0.0, False),  # nothing to fall from
+        ((), 0.0, False),  # without a history there is no fall
         ((0.5, 0.9), 0.81, False),
-        ((0.5, 0.9), 0.79, True),  # from the last round, not from the mean of 0.7
+        ((0.5, 0.9), 0.79, True),  # a fall from the last round, not from the mean of 0.7
         ((0.9, 0.5), 0.45, False),
-        ((0.5,), 1.0, False),  # a rise is no drop
+        ((0.5,), 1.0, False),  # a rise
     ],
 )
-def test_a_drop_is_measured_from_the_last_accepted_round(history, found, refused):
-    assert TrainAccuracyDrop(0.1)(history, found) is refused
+def test_a_drop_is_measured_from_the_last_accepted_round(history, accuracy, refused):
+    assert TrainAccuracyDrop(0.1)(history, accuracy) is refused

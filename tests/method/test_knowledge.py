@@ -6,9 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_cloned_kd import (
-    Core,
-    CoreState,
-    Distillation,
     Knowledge,
     Recipe,
     clone,
@@ -20,7 +17,8 @@ from flwr_cloned_kd import (
     retained,
     train_edge,
 )
-from tests.helpers.reference import few, images, mlp, same_bits, snapshot
+from tests.helpers.cores import make_core, start_of
+from tests.helpers.reference import few, images, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,12 +30,8 @@ RECIPE = Recipe(epochs=1, batch_size=8)
 STILL = replace(RECIPE, lr=0)
 
 
-def core_of(**how):
-    return Core(model=mlp(), dataset=DATA, distillation=Distillation(**{"recipe": RECIPE} | how))
-
-
-def start_of(core):
-    return CoreState(snapshot(core.model.state_dict()))
+def core_of(**distillation):
+    return make_core(DATA, RECIPE, distillation=distillation)
 
 
 def edge_of(core, *, num_clones=2, seed=10):
@@ -50,15 +44,15 @@ def knowledge_of(moved, *, ensemble=0.5):
     return Knowledge(ensemble, moved)
 
 
-def test_an_ensemble_teaches_the_samples_that_it_classifies_correctly():
+def test_correct_selects_correctly_classified_samples():
     assert correct(TARGET, LABELS).tolist() == [1, 0]
 
 
-def test_an_ensemble_teaches_by_the_probability_of_the_label():
+def test_label_probability_is_the_weight_of_a_sample():
     assert label_probability(TARGET, LABELS).tolist() == pytest.approx([0.7, 0.3])
 
 
-def test_the_start_by_the_ensemble_is_the_share_that_the_ensemble_gets_right():
+def test_ensemble_share_is_the_accuracy_of_the_ensemble():
     assert ensemble_share(knowledge_of(lambda share: 0.0, ensemble=0.25)) == 0.25
 
 
@@ -68,14 +62,14 @@ def test_the_start_by_the_ensemble_is_the_share_that_the_ensemble_gets_right():
         (lambda share: 0.8, 1.0),
         # 1 - s / 2 is at least max(s^2, 1/2) up to s = 0.78: twelve of sixteen steps.
         (lambda share: 0.8 * (1 - share / 2), 12 / 16),
-        # It falls below a half of 0.8 behind s = 1/4: the rest of the movement is never looked at.
+        # Beyond s = 1/4 the accuracy is below a half of 0.8.
         (lambda share: 0.8 if share <= 0.25 else 0.3, 4 / 16),
         (lambda share: 0.8 if share == 0 else 0.1, 0.0),
         (lambda share: 0.0, 1.0),
     ],
     ids=["nothing lost", "lost in proportion", "lost at once", "lost at the first step", "no core"],
 )
-def test_a_student_starts_as_far_as_the_core_keeps_what_it_knows(moved, expected):
+def test_retained_is_the_largest_start_that_keeps_the_accuracy(moved, expected):
     assert retained(knowledge_of(moved)) == expected
 
 
@@ -86,7 +80,7 @@ def test_no_start_loses_more_than_half_of_what_the_core_gets_right(values):
     assert values[round(16 * share)] >= values[0] / 2
 
 
-def test_the_rule_is_asked_with_the_accuracies_of_the_models_themselves():
+def test_a_start_rule_gets_the_accuracies_of_the_models():
     asked = []
     core = core_of(student_start=lambda knowledge: asked.append(knowledge) or 0.5)
     edge = edge_of(core)
@@ -111,7 +105,7 @@ def test_a_start_out_of_range_is_refused_by_name(share):
         core.distill(start_of(core), edge_of(core))
 
 
-def test_a_teacher_that_knows_nothing_leaves_training_on_the_core_data():
+def test_a_selection_of_no_sample_leaves_the_cross_entropy():
     edge = edge_of(core_of())
     silent, _ = core_of(selection=lambda target, labels: torch.zeros(len(labels))).distill(
         start_of(core_of()), edge
@@ -120,7 +114,7 @@ def test_a_teacher_that_knows_nothing_leaves_training_on_the_core_data():
     assert same_bits(silent.params, alone.params)
 
 
-def test_a_teacher_that_knows_everything_teaches_as_without_a_selection():
+def test_a_selection_of_every_sample_equals_none():
     edge = edge_of(core_of())
     every, _ = core_of(selection=lambda target, labels: torch.ones(len(labels))).distill(
         start_of(core_of()), edge
@@ -131,7 +125,7 @@ def test_a_teacher_that_knows_everything_teaches_as_without_a_selection():
 
 @pytest.mark.parametrize("factor", [1e3, 1e6, -1e3])
 def test_clones_that_moved_far_do_not_move_the_start(factor):
-    core = core_of(recipe=STILL, student_start=retained)
+    core = replace(core_of(recipe=STILL, student_start=retained), recipe=Recipe())
     state = core.state(core.pretrain())
     generator = torch.Generator().manual_seed(0)
     edge = {
@@ -147,7 +141,7 @@ def test_clones_that_moved_far_do_not_move_the_start(factor):
     assert 0 <= metrics["student-start"] <= 1
 
 
-def test_the_practical_preset_selects_what_is_correct_and_starts_by_what_is_retained():
-    how = practical(RECIPE)
-    assert (how.selection, how.student_start) == (correct, retained)
-    assert (how.temperature, how.core_as_teacher, how.mean_over_memory) == (2, True, True)
+def test_the_practical_preset_uses_correct_and_retained():
+    preset = practical(RECIPE)
+    assert (preset.selection, preset.student_start) == (correct, retained)
+    assert (preset.temperature, preset.core_as_teacher, preset.mean_over_memory) == (2, True, True)

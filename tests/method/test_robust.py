@@ -1,8 +1,8 @@
-"""The promise of the practical preset: no edge destroys the core, whatever it sends.
+"""The practical preset protects a core against every edge of this module.
 
-The core of these tests has learned from two honest edges. Then one edge answers in a way that ruins
-a core which believes its teachers. The numbers that users can expect are in docs/results.md; here
-the promise is that the held-out accuracy stays within five points of the accuracy before the round.
+The core of these tests has learned from two honest edges. Then one edge returns an ensemble that
+would ruin a core without the preset. The preset promises that the held-out accuracy stays within
+five points of the accuracy before the round. docs/results.md has the numbers for users.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ from flwr_cloned_kd import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMISE = 0.05
-"""Points of held-out accuracy, as a fraction, that one edge may cost."""
+"""Largest loss of held-out accuracy by one edge, as a fraction."""
 RECIPE = Recipe(epochs=12)
 
 
@@ -142,7 +142,7 @@ def test_no_edge_costs_the_core_more_than_was_promised(attack):
     edge = attack(core, state, take(train, parts[4]))
     new, metrics = core.distill(state, edge)
     assert metrics["core-accuracy"] >= before - PROMISE
-    # The memory keeps the ensemble: the next round, with an honest edge, must not suffer either.
+    # The ensemble stays in the memory, so the promise must also hold for the next, honest edge.
     _, metrics = core.distill(new, honest(core, new, take(train, parts[5])))
     assert metrics["core-accuracy"] >= before - PROMISE
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from flwr_cloned_kd import (
-    Core,
     CoreState,
     CropAndFlip,
     Distillation,
@@ -18,16 +17,17 @@ from flwr_cloned_kd import (
     train_edge,
 )
 from flwr_cloned_kd.engine.ensemble import seeded
-from flwr_cloned_kd.engine.fit import epoch_views
+from flwr_cloned_kd.engine.fit import Predictor, epoch_views
 from flwr_cloned_kd.engine.losses import Batch
-from flwr_cloned_kd.method import targets as teachers
-from flwr_cloned_kd.method.targets import TargetBank, weighted
+from flwr_cloned_kd.method import targets
+from flwr_cloned_kd.method.targets import TargetBank, TargetCache, weighted_sum
 from tests.helpers import reference
+from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, cnn, distance, images, mlp, same_bits, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# 22 is two batches of 8 and one of 6. A target is 3 classes, so an epoch's are 22 x 3 numbers.
+# 22 samples are two batches of 8 and one of 6. With 3 classes, an epoch has 22 x 3 targets.
 DATA = images(22)
 EPOCH_BYTES = 22 * 3 * 4
 RECIPE = Recipe(epochs=3, batch_size=8, augment=CropAndFlip(1))
@@ -35,7 +35,7 @@ TEMPERATURE, VIEW_SEED = 4.0, 12
 
 
 class Mirror:
-    """A finite augmentation that is not the library's own."""
+    """A finite augmentation from outside of the library."""
 
     def draw(self, num_images, generator):
         return torch.randint(2, (num_images,), generator=generator)
@@ -48,7 +48,7 @@ class Mirror:
 
 
 def jitter(inputs, generator):
-    """Augment in infinitely many ways."""
+    """Augment with infinitely many views."""
     return inputs + 0.3 * torch.randn(inputs.shape, generator=generator)
 
 
@@ -57,7 +57,7 @@ augmentations = pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=A
 
 
 def ensemble_of(num_clones, *, build=mlp, first=10):
-    """Different models, whose running statistics differ too."""
+    """Make an ensemble of different models with different running statistics."""
     params = [snapshot(build(seed=first + index).state_dict()) for index in range(num_clones)]
     for index, model in enumerate(params):
         for name in model:
@@ -66,19 +66,16 @@ def ensemble_of(num_clones, *, build=mlp, first=10):
     return {name: torch.stack([model[name] for model in params]) for name in params[0]}
 
 
-def core_of(model=None, *, recipe=RECIPE, runtime=None, guard=None, seed=3, **how):
-    return Core(
-        model=mlp() if model is None else model,
-        dataset=DATA,
-        distillation=Distillation(recipe=recipe, temperature=TEMPERATURE, **how),
+def core_of(model=None, *, recipe=RECIPE, runtime=None, guard=None, seed=3, **distillation):
+    return make_core(
+        DATA,
+        recipe,
+        model,
+        distillation={"temperature": TEMPERATURE, **distillation},
         runtime=Runtime(device="cpu") if runtime is None else runtime,
         guard=guard,
         seed=seed,
     )
-
-
-def start_of(core):
-    return CoreState(snapshot(core.model.state_dict()))
 
 
 def rounds(core, edges, state=None):
@@ -89,7 +86,7 @@ def rounds(core, edges, state=None):
 
 
 def twin_rounds(core, edges, **options):
-    """Run the slow twin, in which every teacher sees every batch, over the same rounds."""
+    """Run the slow twin over the same rounds; it runs every teacher on every batch."""
     params, size = core.model.state_dict(), core.distillation.memory_size
     for version in range(len(edges)):
         memory = edges[max(0, version + 1 - size) : version + 1]
@@ -106,7 +103,7 @@ def twin_rounds(core, edges, **options):
     return params
 
 
-def bank_of(ensemble, recipe=RECIPE, *, most_bytes=2**20, model=None, runtime=None, selection=None):
+def bank_of(ensemble, recipe=RECIPE, *, max_bytes=2**20, model=None, runtime=None, selection=None):
     return TargetBank(
         mlp() if model is None else model,
         ensemble,
@@ -114,14 +111,14 @@ def bank_of(ensemble, recipe=RECIPE, *, most_bytes=2**20, model=None, runtime=No
         recipe,
         view_seed=VIEW_SEED,
         temperature=TEMPERATURE,
-        most_bytes=most_bytes,
+        max_bytes=max_bytes,
         selection=selection,
         runtime=Runtime(device="cpu") if runtime is None else runtime,
     )
 
 
 def batches_of(recipe, epoch, *, seed=5):
-    """Draw an epoch's batches by the rule of the slow twin, with their rows."""
+    """Draw the batches of an epoch, with their rows, by the rule of the slow twin."""
     first, second = (torch.Generator().manual_seed(seed + epoch) for _ in range(2))
     rows = torch.randperm(22, generator=first).split(recipe.batch_size)
     pairs = reference.epoch_batches(DATA, recipe, second, epoch, VIEW_SEED)
@@ -129,7 +126,7 @@ def batches_of(recipe, epoch, *, seed=5):
 
 
 def target_by_hand(ensemble, inputs, build=mlp):
-    """Mean over the clones of softmax(f / t), each clone a module of its own in evaluation mode."""
+    """Average softmax(f / t) over the clones, each loaded into a module in evaluation mode."""
     model, total = build().eval(), 0
     for index in range(len(next(iter(ensemble.values())))):
         model.load_state_dict({name: tensor[index] for name, tensor in ensemble.items()})
@@ -140,51 +137,50 @@ def target_by_hand(ensemble, inputs, build=mlp):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Count the samples that each ensemble is shown as a teacher: id of the ensemble -> sizes."""
-    seen = {}
-    original = teachers.forward
+    """Record the batch sizes of all forward passes of teachers: id of the ensemble -> sizes."""
+    sizes = {}
 
-    def forward(model, ensemble, runtime, **options):
-        call = original(model, ensemble, runtime, **options)
+    class Counting(Predictor):
+        def __init__(self, model, ensemble, runtime, **options):
+            super().__init__(model, ensemble, runtime, **options)
+            self.sizes = sizes.setdefault(id(ensemble), [])
 
-        def counting(inputs):
-            seen.setdefault(id(ensemble), []).append(len(inputs))
-            return call(inputs)
+        def __call__(self, inputs):
+            self.sizes.append(len(inputs))
+            return super().__call__(inputs)
 
-        return counting
-
-    monkeypatch.setattr(teachers, "forward", forward)
-    return seen
+    monkeypatch.setattr(targets, "Predictor", Counting)
+    return sizes
 
 
 @augmentations
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
-def test_kept_targets_are_what_the_teachers_say_of_every_batch(augment, build):
+def test_kept_targets_equal_the_predictions_of_the_teachers(augment, build):
     ensemble, recipe = ensemble_of(2, build=build), replace(RECIPE, augment=augment)
     bank = bank_of(ensemble, recipe, model=build())
-    for epoch in [0, 1, 2, 0]:  # the last one, in a later round, with other batches
-        for batch in batches_of(recipe, epoch, seed=len(bank._kept)):
-            found = bank(batch)
-            assert found.dtype == torch.float32
-            assert not found.requires_grad
+    for seed, epoch in enumerate([0, 1, 2, 0]):  # the last in a later round, with other batches
+        for batch in batches_of(recipe, epoch, seed=seed):
+            actual = bank(batch)
+            assert actual.dtype == torch.float32
+            assert not actual.requires_grad
             expected = target_by_hand(ensemble, batch.inputs, build)
-            # Targets are below 1 and one pass, not 20 steps, makes them: a few roundings of 6e-8.
-            assert (found - expected).abs().max() < 1e-6
+            # Targets are below 1 and one pass, not 20 steps, computes them: some roundings of 6e-8.
+            assert (actual - expected).abs().max() < 1e-6
 
 
 @augmentations
 @pytest.mark.parametrize("target_bytes", [2**30, 0], ids=["kept", "recomputed"])
-def test_a_core_with_a_bank_ends_where_every_teacher_is_run_at_every_step(augment, target_bytes):
+def test_a_core_with_banks_equals_teachers_run_at_every_step(augment, target_bytes):
     core = core_of(
         recipe=replace(RECIPE, augment=augment),
         memory_size=2,
         runtime=Runtime(device="cpu", target_bytes=target_bytes),
     )
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(3)]
-    found = rounds(core, edges).params
+    actual = rounds(core, edges).params
     expected = twin_rounds(core, edges)
-    assert distance(found, expected) < 3 * ROUNDING  # three rounds, each of 9 steps
-    assert distance(found, core.model.state_dict()) > 0.1
+    assert distance(actual, expected) < 3 * ROUNDING  # three rounds, each of 9 steps
+    assert distance(actual, core.model.state_dict()) > 0.1
 
 
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
@@ -197,7 +193,7 @@ def test_the_bank_is_exact_on_both_paths(build, batch_clones):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {"mean_over_memory": True},
         {"core_as_teacher": True},
@@ -206,19 +202,19 @@ def test_the_bank_is_exact_on_both_paths(build, batch_clones):
     ids=["mean", "core", "both, as printed"],
 )
 @pytest.mark.parametrize("target_bytes", [2**30, 0], ids=["kept", "recomputed"])
-def test_options_of_the_memory_mean_the_same_with_a_bank(how, target_bytes):
+def test_options_of_the_memory_mean_the_same_with_a_bank(options, target_bytes):
     runtime = Runtime(device="cpu", target_bytes=target_bytes)
-    core = core_of(memory_size=2, runtime=runtime, **how)
+    core = core_of(memory_size=2, runtime=runtime, **options)
     edges = [ensemble_of(1 + index, first=10 * (1 + index)) for index in range(3)]
-    found = rounds(core, edges).params
-    assert distance(found, twin_rounds(core, edges)) < 3 * ROUNDING
+    actual = rounds(core, edges).params
+    assert distance(actual, twin_rounds(core, edges)) < 3 * ROUNDING
     plain = core_of(memory_size=2, runtime=runtime)
-    assert distance(found, rounds(plain, edges).params) > 1e-2
+    assert distance(actual, rounds(plain, edges).params) > 1e-2
 
 
 def test_weights_apply_to_kept_targets_not_once_and_for_all():
-    # The same ensemble teaches with weight 0.5 in its first round and, as the state says, with 2
-    # in the second: the bank must hold what it says, not how much that counts.
+    # One ensemble has the weight 0.5 in its first round and, by the changed state, 2 in the second.
+    # The bank must therefore keep targets without a weight.
     core = core_of(memory_size=2)
     first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
     state, _ = core.distill(start_of(core), first, weight=0.5)
@@ -238,12 +234,12 @@ def test_weights_apply_to_kept_targets_not_once_and_for_all():
 
 
 def test_weighted_targets_by_hand():
-    # 0.5 (0.2, 0.8) + 2 (0.6, 0.4) = (1.3, 1.2), and what the teachers returned stays theirs.
-    said = [torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])]
-    targets = weighted([lambda batch: said[0], lambda batch: said[1]], [0.5, 2.0])
+    # 0.5 (0.2, 0.8) + 2 (0.6, 0.4) = (1.3, 1.2); the tensors of the teachers stay unchanged.
+    returned = [torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])]
+    target = weighted_sum([lambda batch: returned[0], lambda batch: returned[1]], [0.5, 2.0])
     for _ in range(2):
-        assert targets(None).flatten().tolist() == pytest.approx([1.3, 1.2])
-    assert said[0].tolist() == [pytest.approx([0.2, 0.8])]
+        assert target(None).flatten().tolist() == pytest.approx([1.3, 1.2])
+    assert returned[0].tolist() == [pytest.approx([0.2, 0.8])]
 
 
 def test_the_targets_of_an_epoch_follow_the_views_of_that_epoch():
@@ -253,8 +249,8 @@ def test_the_targets_of_an_epoch_follow_the_views_of_that_epoch():
     assert not torch.equal(drawn[0], drawn[1])
     for epoch, views in enumerate(drawn):
         x = RECIPE.augment.view(DATA[0], views)
-        found = bank(Batch(x, DATA[1], every, epoch))
-        assert (found - target_by_hand(ensemble, x)).abs().max() < 1e-6
+        actual = bank(Batch(x, DATA[1], every, epoch))
+        assert (actual - target_by_hand(ensemble, x)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -264,29 +260,29 @@ def test_an_ensemble_is_run_once_in_its_life_in_the_memory(forwards, augment, ep
     core = core_of(recipe=replace(RECIPE, augment=augment), memory_size=3)
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(6)]
     state = start_of(core)
-    for met, edge in enumerate(edges, start=1):
+    for num_edges, edge in enumerate(edges, start=1):
         state, _ = core.distill(state, edge)
-        # Two samples tell how large a target is; then all 22 samples, once per view of theirs.
-        expected = {id(e): [2] + [22] * epochs_shown for e in edges[:met]}
+        # Two samples measure the size of a target; then all 22 samples run once per view.
+        expected = {id(e): [2] + [22] * epochs_shown for e in edges[:num_edges]}
         assert forwards == expected
 
 
-def test_teachers_that_keep_nothing_see_every_batch_of_every_round(forwards):
+def test_without_a_budget_teachers_run_on_every_batch(forwards):
     core = core_of(memory_size=2, runtime=Runtime(device="cpu", target_bytes=0))
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(3)]
     rounds(core, edges)
-    # Two samples tell how large a target is, once; then three epochs of 8 + 8 + 6, in two rounds
-    # for all but the last ensemble.
+    # Two samples measure the size of a target, once. Then three epochs of 8 + 8 + 6 run in each
+    # round: two rounds for the first two ensembles, one for the last.
     shown = [Counter(forwards[id(edge)]) for edge in edges]
     assert shown == [{2: 1, 8: 12, 6: 6}] * 2 + [{2: 1, 8: 6, 6: 3}]
 
 
-def test_teachers_of_an_arbitrary_augmentation_see_every_batch_and_keep_nothing(forwards):
+def test_an_arbitrary_augmentation_keeps_no_targets(forwards):
     core = core_of(recipe=replace(RECIPE, augment=jitter), memory_size=1)
     (edge,) = edges = [ensemble_of(2)]
     rounds(core, edges)
     assert Counter(forwards[id(edge)]) == {8: 6, 6: 3}
-    assert [bank.num_bytes for bank in core._banks] == [0]
+    assert core.target_cache.num_bytes == 0
 
 
 def test_the_core_as_a_teacher_is_run_once_a_round(forwards):
@@ -299,27 +295,26 @@ def test_the_core_as_a_teacher_is_run_once_a_round(forwards):
 
 @pytest.mark.parametrize("extra", [0, 1, EPOCH_BYTES - 1])
 @pytest.mark.parametrize("num_kept", [0, 1, 2])
-def test_a_budget_for_some_epochs_keeps_these_and_runs_the_teachers_for_the_rest(
-    forwards, num_kept, extra
-):
+def test_a_budget_for_some_epochs_keeps_only_their_targets(forwards, num_kept, extra):
     ensemble = ensemble_of(2)
-    most_bytes = num_kept * EPOCH_BYTES + extra
-    bank = bank_of(ensemble, most_bytes=most_bytes)
+    max_bytes = num_kept * EPOCH_BYTES + extra
+    bank = bank_of(ensemble, max_bytes=max_bytes)
     for _ in range(2):  # rounds
         for epoch in range(3):
             for batch in batches_of(RECIPE, epoch):
-                found = bank(batch)
-                assert (found - target_by_hand(ensemble, batch.inputs)).abs().max() < 1e-6
-                assert bank.num_bytes <= most_bytes
+                actual = bank(batch)
+                assert (actual - target_by_hand(ensemble, batch.inputs)).abs().max() < 1e-6
+                assert bank.num_bytes <= max_bytes
     assert bank.num_bytes == num_kept * EPOCH_BYTES
-    rest = 2 * (3 - num_kept)  # epochs in two rounds
-    expected = Counter({22: num_kept, 2: 1, 8: 2 * rest, 6: rest})
+    num_other = 2 * (3 - num_kept)  # epochs in two rounds
+    expected = Counter({22: num_kept, 2: 1, 8: 2 * num_other, 6: num_other})
     assert Counter(forwards[id(ensemble)]) == +expected
 
 
 @pytest.mark.parametrize(("core_as_teacher", "share"), [(False, 3), (True, 4)])
 def test_the_banks_of_a_core_share_its_budget(core_as_teacher, share):
-    # Three teachers, and the core if it is one, get a part each: here room for one epoch of three.
+    # Three ensembles, and the core if it is a teacher, get equal parts of the budget: here the
+    # bytes of one epoch of three.
     target_bytes = share * EPOCH_BYTES + share - 1
     core = core_of(
         memory_size=3,
@@ -327,68 +322,116 @@ def test_the_banks_of_a_core_share_its_budget(core_as_teacher, share):
         runtime=Runtime(device="cpu", target_bytes=target_bytes),
     )
     edges = [ensemble_of(2, first=10 * (1 + index)) for index in range(4)]
-    found = rounds(core, edges).params
-    assert [bank.num_bytes for bank in core._banks] == [EPOCH_BYTES] * 3
-    assert distance(found, twin_rounds(core, edges)) < 4 * ROUNDING
+    actual = rounds(core, edges).params
+    assert core.target_cache.num_bytes == 3 * EPOCH_BYTES
+    assert distance(actual, twin_rounds(core, edges)) < 4 * ROUNDING
     tighter = core_of(
         memory_size=3,
         core_as_teacher=core_as_teacher,
         runtime=Runtime(device="cpu", target_bytes=share * EPOCH_BYTES - 1),
     )
     rounds(tighter, edges[:1])
-    assert [bank.num_bytes for bank in tighter._banks] == [0]
+    assert tighter.target_cache.num_bytes == 0
 
 
-def collected(refs):
+def released(refs):
     gc.collect()
     return [ref() is None for ref in refs]
 
 
-def test_the_bank_of_an_ensemble_that_left_the_memory_is_let_go():
+# A bank holds a reference to its ensemble, so a released ensemble has no bank.
+def weight_of(edge):
+    return weakref.ref(edge["1.weight"])
+
+
+def test_an_ensemble_that_left_the_memory_is_released():
     core = core_of(memory_size=2)
-    state, banks, weights = start_of(core), [], []
+    state = start_of(core)
+    weights = []
     for index in range(4):
         edge = ensemble_of(2, first=10 * (1 + index))
-        weights.append(weakref.ref(edge["1.weight"]))
+        weights.append(weight_of(edge))
         state, _ = core.distill(state, edge)
         del edge
-        banks.append(weakref.ref(core._banks[-1]))
-    assert collected(banks) == [True, True, False, False]
-    assert collected(weights) == [True, True, False, False]
-    assert len(core._banks) == 2
+        assert core.target_cache.num_bytes == min(index + 1, 2) * 3 * EPOCH_BYTES
+    assert released(weights) == [True, True, False, False]
 
 
-def test_the_bank_of_a_refused_edge_is_let_go_when_the_next_one_comes():
-    refuse = [False, True, False]
-    core = core_of(memory_size=3, guard=lambda history, found: refuse.pop(0))
-    state, _ = core.distill(start_of(core), ensemble_of(2, first=10))
-    kept = core._banks[0]
+def test_a_refused_edge_is_released_when_the_next_one_comes(forwards):
+    answers = [False, True, False]
+    core = core_of(memory_size=3, guard=lambda history, accuracy: answers.pop(0))
+    first = ensemble_of(2, first=10)
+    state, _ = core.distill(start_of(core), first)
+    num_forwards = len(forwards[id(first)])
     edge = ensemble_of(2, first=20)
-    refused_weight = weakref.ref(edge["1.weight"])
+    refused_weight = weight_of(edge)
     same, _ = core.distill(state, edge)
     assert same is state
-    refused = weakref.ref(core._banks[-1])
     del edge
     new, _ = core.distill(state, ensemble_of(2, first=30))
-    assert collected([refused, refused_weight]) == [True, True]
-    assert len(core._banks) == len(new.memory) == 2
-    assert core._banks[0] is kept
+    assert released([refused_weight]) == [True]
+    assert len(new.memory) == 2
+    assert core.target_cache.num_bytes == 2 * 3 * EPOCH_BYTES
+    assert len(forwards[id(first)]) == num_forwards  # its targets were kept
 
 
-def test_the_bank_of_an_edge_that_spoils_the_core_is_let_go_when_the_next_one_comes():
+def test_an_edge_that_spoils_the_core_is_released_next_time():
     core = core_of(memory_size=3)
     edge = ensemble_of(2)
+    spoiled = weight_of(edge)
     state = replace(start_of(core), params={n: t + 0 for n, t in mlp().state_dict().items()})
     state.params["5.bias"][0] = float("inf")
     with pytest.raises(ValueError, match="core after distillation"):
         core.distill(state, edge)
-    spoiled = weakref.ref(core._banks[-1])
+    del edge
     core.distill(start_of(core), ensemble_of(2, first=20))
-    assert collected([spoiled]) == [True]
+    assert released([spoiled]) == [True]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guard": lambda history, accuracy: False},
+        {"held_out": images(9)},
+        {"recipe": replace(RECIPE, lr=0.01)},
+    ],
+    ids=["guard", "held-out data", "Phase 0"],
+)
+def test_a_replaced_core_keeps_the_targets_that_do_not_change(forwards, change):
+    core = core_of(memory_size=2)
+    first, second = (ensemble_of(2, first=first) for first in (10, 20))
+    state, _ = core.distill(start_of(core), first)
+    num_forwards = len(forwards[id(first)])
+    actual, _ = replace(core, **change).distill(state, second)
+    assert len(forwards[id(first)]) == num_forwards
+    assert same_bits(actual.params, rounds(core_of(memory_size=2), [first, second]).params)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": mlp(nn.Sigmoid())},
+        {"dataset": images(22, seed=5)},
+        {"distillation": Distillation(recipe=RECIPE, temperature=2.0, memory_size=2)},
+        {"seed": 2**40},
+        {"runtime": Runtime(device="cpu", bf16=True)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_replaced_core_computes_the_targets_that_change_again(change):
+    edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
+    core = core_of(memory_size=2)
+    state, _ = core.distill(start_of(core), edges[0])
+    other = replace(core, **change)
+    anew = replace(core, **change, target_cache=TargetCache())
+    actual, _ = other.distill(state, edges[1])
+    expected, _ = anew.distill(state, edges[1])
+    assert same_bits(actual.params, expected.params)
+    assert distance(actual.params, rounds(core, edges[1:], state).params) > 1e-6
 
 
 def tensor_bytes():
-    """Measure all tensors that are alive, each storage once."""
+    """Measure the storages of all existing tensors."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -404,40 +447,40 @@ def test_memory_does_not_grow_with_the_rounds():
     for index in range(8):
         state, _ = core.distill(state, ensemble_of(2, first=10 * (1 + index)))
         after.append(tensor_bytes())
-        assert sum(bank.num_bytes for bank in core._banks) == min(index + 1, 3) * 3 * EPOCH_BYTES
-    assert after[0] < after[1] < after[2]  # the memory fills, and that shows here
+        assert core.target_cache.num_bytes == min(index + 1, 3) * 3 * EPOCH_BYTES
+    assert after[0] < after[1] < after[2]  # the measure shows that the memory fills
     assert len(set(after[2:])) == 1
 
 
-def test_half_precision_targets_are_those_of_the_bfloat16_model_rounded_once():
+def test_half_precision_targets_are_rounded_once():
     ensemble, runtime = ensemble_of(2), Runtime(device="cpu", bf16=True)
     bank = bank_of(ensemble, runtime=runtime)
-    anew = bank_of(ensemble, most_bytes=0, runtime=runtime)
+    anew = bank_of(ensemble, max_bytes=0, runtime=runtime)
     exact = bank_of(ensemble)
     for epoch in range(3):
         views = epoch_views(RECIPE.augment, 22, VIEW_SEED, epoch)
         x = RECIPE.augment.view(DATA[0], views)
         batch = Batch(x, DATA[1], torch.arange(22), epoch)
-        found, said = bank(batch), anew(batch)
-        assert found.dtype == said.dtype == torch.float32
+        actual, expected = bank(batch), anew(batch)
+        assert actual.dtype == expected.dtype == torch.float32
         # float16 has 11 bits: half a unit in the last place is 2^-12 for numbers in [1/2, 1) and
         # less below. Targets are probabilities.
-        assert 0 < (found - said).abs().max() <= 2**-12
-        # bfloat16 keeps 8 bits, 0.4 %: of logits of a few units over a temperature of 4.
-        assert 0 < (found - exact(batch)).abs().max() < 0.01
+        assert 0 < (actual - expected).abs().max() <= 2**-12
+        # bfloat16 has 8 bits: 0.4 % of logits of a few units, divided by a temperature of 4.
+        assert 0 < (actual - exact(batch)).abs().max() < 0.01
     assert bank.num_bytes == 3 * EPOCH_BYTES // 2
 
 
-def test_a_round_in_bfloat16_with_kept_targets_ends_near_the_exact_one():
-    # As in test_engine: 0.4 % a layer, 9 steps a round. Wrong targets are off by the whole way.
+def test_a_bfloat16_round_with_kept_targets_is_near_the_exact_one():
+    # As in test_fit: 0.4 % a layer, 9 steps a round. Wrong targets would differ by the whole way.
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
     exact = rounds(core_of(memory_size=2), edges).params
     runtime = Runtime(device="cpu", bf16=True)
     core = core_of(memory_size=2, runtime=runtime)
-    found = rounds(core, edges).params
-    assert same_bits(rounds(core_of(memory_size=2, runtime=runtime), edges).params, found)
+    actual = rounds(core, edges).params
+    assert same_bits(rounds(core_of(memory_size=2, runtime=runtime), edges).params, actual)
     start, names = core.model.state_dict(), [name for name, _ in core.model.named_parameters()]
-    error = sum((found[n] - exact[n]).square().sum().item() for n in names) ** 0.5
+    error = sum((actual[n] - exact[n]).square().sum().item() for n in names) ** 0.5
     way = sum((exact[n] - start[n]).square().sum().item() for n in names) ** 0.5
     assert 0 < error < 0.05 * way
 
@@ -481,7 +524,7 @@ def test_a_resumed_core_has_the_bits_of_one_that_never_stopped(forwards, target_
     resumed = rounds(core(), [snapshot(edge) for edge in edges[2:]], state)
     assert same_bits(resumed.params, whole.params)
     assert all(same_bits(a, b) for a, b in zip(resumed.memory, whole.memory))
-    # A copy of an ensemble is another ensemble: its targets were computed again.
+    # The targets of a copied ensemble are computed again.
     assert all(id(ensemble) in forwards for ensemble in resumed.memory)
 
 
@@ -501,53 +544,53 @@ def test_histories_that_take_turns_do_not_disturb_each_other():
     assert same_bits(right.params, expected[1])
 
 
-class Interrupted(list):
-    """Banks that are set by somebody else in the moment after they were set."""
+class Interrupted(TargetCache):
+    """A cache that another thread uses directly after each assignment to it."""
 
-    def __init__(self, *interruptions):
-        super().__init__()
-        self._interruptions = list(interruptions)
+    interruptions = ()
 
-    def __setitem__(self, index, banks):
-        super().__setitem__(index, banks)
-        while self._interruptions:
-            self._interruptions.pop()()
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        interruptions, Interrupted.interruptions = Interrupted.interruptions, ()
+        for interrupt in interruptions:
+            interrupt()
 
 
-def test_a_core_that_two_threads_use_at_once_does_not_mix_up_their_teachers():
+def test_two_threads_with_one_core_do_not_mix_up_teachers():
     first, second = ensemble_of(2, first=10), ensemble_of(2, first=20)
-    core = core_of()
+    core = replace(core_of(), target_cache=Interrupted())
     expected = rounds(core_of(), [first]).params
-    banks = Interrupted(lambda: rounds(core, [second]))
-    object.__setattr__(core, "_banks", banks)
+    interrupted = []
+    Interrupted.interruptions = (lambda: interrupted.append(rounds(core, [second])),)
     assert same_bits(rounds(core, [first]).params, expected)
+    assert len(interrupted) == 1
 
 
 def test_a_phase_that_stops_early_keeps_the_epochs_it_saw(forwards):
     core = core_of(recipe=replace(RECIPE, stop=lambda history: len(history) == 2), memory_size=2)
     edges = [ensemble_of(2, first=10), ensemble_of(2, first=20)]
-    found = rounds(core, edges)
-    assert [bank.num_bytes for bank in core._banks] == [2 * EPOCH_BYTES] * 2
+    actual = rounds(core, edges)
+    assert core.target_cache.num_bytes == 2 * 2 * EPOCH_BYTES
     assert forwards == {id(edge): [2, 22, 22] for edge in edges}
-    assert distance(found.params, twin_rounds(core, edges)) < 2 * ROUNDING
+    assert distance(actual.params, twin_rounds(core, edges)) < 2 * ROUNDING
 
 
 def test_data_larger_than_a_forward_pass_is_split(forwards):
     x, y = images(300)
     ensemble = ensemble_of(2)
     bank = TargetBank(
-        mlp(), ensemble, (x, y), RECIPE, view_seed=1, temperature=TEMPERATURE, most_bytes=2**20
+        mlp(), ensemble, (x, y), RECIPE, view_seed=1, temperature=TEMPERATURE, max_bytes=2**20
     )
     rows = torch.tensor([299, 0, 128, 127])
     views = epoch_views(RECIPE.augment, 300, 1, 2)
-    seen = RECIPE.augment.view(x, views)[rows]
-    found = bank(Batch(seen, y[rows], rows, 2))
-    assert (found - target_by_hand(ensemble, seen)).abs().max() < 1e-6
+    inputs = RECIPE.augment.view(x, views)[rows]
+    actual = bank(Batch(inputs, y[rows], rows, 2))
+    assert (actual - target_by_hand(ensemble, inputs)).abs().max() < 1e-6
     assert forwards[id(ensemble)] == [2, 128, 128, 44]
 
 
 class Squeezes(nn.Module):
-    """Loses the axis of the batch where it is one sample."""
+    """Loses the batch axis for a batch of one sample."""
 
     def __init__(self):
         super().__init__()
@@ -558,13 +601,13 @@ class Squeezes(nn.Module):
 
 
 @pytest.mark.parametrize("num_clones", [1, 2])
-def test_teachers_are_never_shown_a_lone_sample_that_the_data_does_not_have(num_clones):
+def test_teachers_never_run_on_a_single_sample(num_clones):
     core = core_of(seeded(Squeezes(), 0), memory_size=1)
     edges = [ensemble_of(num_clones, build=lambda seed: seeded(Squeezes(), seed))]
     assert distance(rounds(core, edges).params, twin_rounds(core, edges)) < ROUNDING
 
 
-def test_edges_of_the_library_teach_as_in_the_slow_twin():
+def test_edges_of_the_library_are_teachers_as_in_the_slow_twin():
     model = seeded(cnn(), 4)
     core = core_of(model, memory_size=2)
     recipe = Recipe(epochs=1, batch_size=8, augment=CropAndFlip(1))

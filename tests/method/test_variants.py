@@ -6,7 +6,6 @@ import torch
 from flwr_cloned_kd import (
     PRESETS,
     VARIANTS,
-    Core,
     CoreState,
     Distillation,
     Recipe,
@@ -16,6 +15,7 @@ from flwr_cloned_kd import (
     unselective,
 )
 from flwr_cloned_kd.method.variants import paper
+from tests.helpers.cores import make_core
 from tests.helpers.reference import distance, images, mlp, same_bits, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,11 +24,11 @@ RECIPE = Recipe(epochs=1, batch_size=8, lr=0.05)
 
 
 def core_of(seed=0):
-    return Core(model=mlp(), dataset=images(24), recipe=RECIPE, seed=seed)
+    return make_core(images(24), RECIPE, seed=seed)
 
 
 def states():
-    """Make the core's progress in three rounds."""
+    """Make a state of the core for each of three rounds."""
     return [CoreState(snapshot(mlp(seed=v).state_dict()), version=v) for v in range(3)]
 
 
@@ -55,13 +55,13 @@ def test_cloned_variants_send_the_core_itself(name):
 
 
 @pytest.mark.parametrize("name", ["IPP", "IEP", "IPM", "IEM"])
-def test_independent_variants_send_one_model_that_is_not_the_core_every_round(name):
+def test_independent_variants_send_one_model_in_every_round(name):
     core = core_of()
     send = VARIANTS[name].init(core)
     sent = [send(state) for state in states()]
     assert all(same_bits(sent[0], other) for other in sent[1:])
     assert distance(sent[0], core.pretrain()) > 0.1
-    # It is trained, not drawn: one epoch of three batches.
+    # The model was trained for one epoch of three batches.
     assert sent[0]["2.num_batches_tracked"] == 3
     assert core.train_accuracy(sent[0]) > core.train_accuracy(core.model.state_dict())
 
@@ -86,7 +86,7 @@ def test_the_scratch_variant_sends_new_weights_in_every_round():
     assert sent[0].keys() == initialise(core.model, 0).keys()
 
 
-def test_choosing_a_variant_leaves_the_model_and_the_global_generator_as_they_were():
+def test_a_variant_changes_neither_model_nor_global_generator():
     core, state = core_of(), states()[0]
     before, generator = snapshot(core.model.state_dict()), torch.get_rng_state()
     for variant in VARIANTS.values():
@@ -97,18 +97,22 @@ def test_choosing_a_variant_leaves_the_model_and_the_global_generator_as_they_we
 
 def test_the_paper_preset_is_the_faithful_default():
     assert paper(RECIPE) == Distillation(recipe=RECIPE)
-    how = paper(RECIPE)
-    assert (how.temperature, how.student_temperature) == (4.0, None)
-    assert (how.student_start, how.mean_over_memory, how.core_as_teacher) == (0, False, False)
-    assert how.memory_size == 3
+    preset = paper(RECIPE)
+    assert (preset.temperature, preset.student_temperature) == (4.0, None)
+    assert (preset.student_start, preset.mean_over_memory, preset.core_as_teacher) == (
+        0,
+        False,
+        False,
+    )
+    assert preset.memory_size == 3
 
 
 def test_the_unselective_preset_differs_by_rate_start_and_mean():
-    how = unselective(RECIPE)
-    assert how.recipe == replace(RECIPE, lr=how.recipe.lr)
-    assert how.recipe.lr == pytest.approx(0.05 / 5)
-    assert how == replace(
-        paper(RECIPE), recipe=how.recipe, student_start=1.0, mean_over_memory=True
+    preset = unselective(RECIPE)
+    assert preset.recipe == replace(RECIPE, lr=preset.recipe.lr)
+    assert preset.recipe.lr == pytest.approx(0.05 / 5)
+    assert preset == replace(
+        paper(RECIPE), recipe=preset.recipe, student_start=1.0, mean_over_memory=True
     )
 
 

@@ -1,0 +1,43 @@
+"""Progress lines of a long phase."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+LOG_SECONDS = 5.0
+"""Time between two lines."""
+
+
+class Progress:
+    """Log one line every few seconds: the epoch, the speed and the time left.
+
+    Args:
+        log: called with each line; None logs nothing.
+        phase: name of the phase.
+        num_epochs: number of planned epochs.
+        num_samples: number of samples in one epoch, over all clones.
+    """
+
+    def __init__(
+        self, log: Callable[[str], None] | None, phase: str, num_epochs: int, num_samples: int
+    ) -> None:
+        self._log = log
+        self._phase = phase
+        self._num_epochs = num_epochs
+        self._num_samples = num_samples
+        self._start = time.monotonic()
+        self._last_line = self._start
+
+    def step(self, epoch: int, share: float) -> None:
+        """Record that `share`, in [0, 1], of epoch `epoch`, counted from 0, is done."""
+        now = time.monotonic()
+        if self._log is None or now - self._last_line < LOG_SECONDS:
+            return
+        self._last_line = now
+        epochs_done = epoch + share
+        rate = epochs_done * self._num_samples / (now - self._start)
+        seconds_left = (self._num_epochs - epochs_done) * self._num_samples / rate
+        self._log(
+            f"{self._phase}: epoch {epoch + 1} of {self._num_epochs}, {rate:,.0f} samples/s, "
+            f"{timedelta(seconds=round(seconds_left))} left"
+        )
