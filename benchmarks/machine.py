@@ -1,6 +1,5 @@
 """What the machine can do, and what a step asks of it."""
 
-import platform
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from flwr_cloned_kd.apps.machine import capability as hardware
+
+__all__ = [
+    "ceilings",
+    "demand",
+    "hardware",
+    "median",
+    "peak_bytes",
+    "reset_peak",
+    "seconds",
+]
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -89,14 +100,6 @@ def peak_bytes(device: torch.device) -> int:
         line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def hardware(device: torch.device) -> str:
-    """Name what the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 def median(values: Iterable[float]) -> float:

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Okabe and Ito's palette: told apart with every kind of colour vision; hatches tell in grey.
+from .palette import BLUE, GREY, ORANGE, SKY, VERMILION, YELLOW
+
 LOOKS = {
-    "learn": ("core learns", "#0072B2", ""),
-    "refused": ("core refuses", "#D55E00", "////"),
-    "train": ("edge busy", "#56B4E9", ""),
-    "error": ("edge crashed", "#E69F00", "xxxx"),
-    "expire": ("edge silent", "#999999", "...."),
-    "open": ("still under way", "#F0E442", ""),
+    "learn": ("core learns", BLUE, ""),
+    "refused": ("core refuses", VERMILION, "////"),
+    "train": ("edge busy", SKY, ""),
+    "error": ("edge crashed", ORANGE, "xxxx"),
+    "expire": ("edge silent", GREY, "...."),
+    "open": ("still under way", YELLOW, ""),
 }
 MOST_LANES = 60
 CORE = ""
