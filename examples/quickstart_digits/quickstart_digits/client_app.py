@@ -7,6 +7,7 @@ from flwr_cloned_kd.apps import Settings, build
 
 
 def client_fn(context: Context) -> EdgeClient:
+    """Make the edge that a node stands for, with its own part of the data."""
     settings = Settings.read(context.run_config)
     edge = build.edge_of(settings, context)
     train, held_out = build.load(settings)

@@ -13,6 +13,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    """Run cloned KD, and the strategies to compare it with, from the same first core."""
     settings = Settings.read(context.run_config)
     train, held_out = build.load(settings)
     core = Core(
