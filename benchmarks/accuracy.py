@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import hardware
 from flwr_cloned_kd import (
     Core,
     Recipe,
@@ -28,6 +27,7 @@ from flwr_cloned_kd import (
     take,
     train_edge,
 )
+from flwr_cloned_kd.apps.machine import capability
 
 RUNTIMES = {
     "plain: one by one, no kept targets": Runtime(batch_clones=False, target_bytes=0),
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
             results[name].append((accuracy, seconds))
             console.print(f"seed {seed}, {name}: {accuracy:.3f} in {seconds:.0f} s")
-    device = hardware(Runtime().target)
+    device = capability(Runtime().target)
     table = Table(title=f"Digits, CEM practical, {options.edges} edges: {device}")
     for column in ("runtime", "core accuracy, per seed", "mean", "seconds, mean"):
         table.add_column(column)

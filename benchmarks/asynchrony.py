@@ -35,6 +35,7 @@ from flwr_cloned_kd import (
     practical,
     take,
 )
+from flwr_cloned_kd.asynchronous.palette import BLUE, ORANGE, PURPLE, VERMILION
 from flwr_cloned_kd.io.checkpoint import write_atomically
 
 TRAIN_SECONDS = 60.0
@@ -46,13 +47,13 @@ BYTES_PER_SECOND = 100_000.0
 GOALS = (0.90, 0.95)
 IN_FLIGHT = (1, 2, 4, 8)
 STYLES = {
-    "cloned KD, 1 in flight": ("#0072B2", "-"),
-    "cloned KD, 2 in flight": ("#0072B2", "--"),
-    "cloned KD, 4 in flight": ("#0072B2", "-."),
-    "cloned KD, 8 in flight": ("#0072B2", ":"),
-    "FedAvg, waits": ("#D55E00", "-"),
-    "FedAsync, 8 in flight": ("#CC79A7", "-"),
-    "FedBuff, 8 in flight": ("#E69F00", "-"),
+    "cloned KD, 1 in flight": (BLUE, "-"),
+    "cloned KD, 2 in flight": (BLUE, "--"),
+    "cloned KD, 4 in flight": (BLUE, "-."),
+    "cloned KD, 8 in flight": (BLUE, ":"),
+    "FedAvg, waits": (VERMILION, "-"),
+    "FedAsync, 8 in flight": (PURPLE, "-"),
+    "FedBuff, 8 in flight": (ORANGE, "-"),
 }
 
 Curve = list[tuple[float, float]]

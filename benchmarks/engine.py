@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import reference
-from benchmarks.machine import ceilings, demand, hardware, peak_bytes, reset_peak, seconds
+from benchmarks.machine import ceilings, demand, peak_bytes, reset_peak, seconds
 from flwr_cloned_kd import (
     Recipe,
     Runtime,
@@ -33,6 +33,7 @@ from flwr_cloned_kd import (
     take,
     train_edge,
 )
+from flwr_cloned_kd.apps.machine import capability
 from flwr_cloned_kd.data.datasets import moments
 from flwr_cloned_kd.data.models import resnet
 from flwr_cloned_kd.engine.inputs import Dataset
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setup = build(options)
     chosen = choose(options, setup)
     console = Console(width=110)
-    console.print(f"{hardware(setup.device)}; PyTorch {torch.__version__}; {_words(chosen)}")
+    console.print(f"{capability(setup.device)}; PyTorch {torch.__version__}; {_words(chosen)}")
     runtime = Runtime(**chosen._asdict())
     times, peaks, warm_up_seconds = measure(setup, runtime, options.repetitions, console)
     results = summary(options, setup, chosen, times, peaks)
@@ -263,7 +264,7 @@ def summary(
     top = ceilings(setup.device)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(setup.device),
+        "hardware": capability(setup.device),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "torchvision", "flwr-cloned-kd")},
         "dataset": options.dataset,

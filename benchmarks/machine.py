@@ -1,6 +1,5 @@
 """What the machine can do, and what a training step costs."""
 
-import platform
 import resource
 import time
 from collections.abc import Callable
@@ -92,14 +91,6 @@ def peak_bytes(device: torch.device) -> int:
         line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def hardware(device: torch.device) -> str:
-    """Name the hardware that the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 def _synchronise(device: torch.device) -> None:

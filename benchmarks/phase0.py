@@ -25,7 +25,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import hardware
 from flwr_cloned_kd import (
     CropAndFlip,
     Recipe,
@@ -43,6 +42,7 @@ from flwr_cloned_kd import (
     resnet,
     take,
 )
+from flwr_cloned_kd.apps.machine import capability
 from flwr_cloned_kd.data.datasets import moments
 from flwr_cloned_kd.data.models import Moments
 from flwr_cloned_kd.engine.inputs import Dataset, FiniteViews
@@ -364,7 +364,7 @@ def run(task: Task) -> Measured:
     params = pretrain(model, take(train, rows), trial, seed=seed, runtime=runtime)
     logits = predict(model, clone(params, 1), test[0], runtime=runtime)
     seconds = time.perf_counter() - started
-    return Measured(float(accuracy(logits, test[1])), seconds, hardware(runtime.target))
+    return Measured(float(accuracy(logits, test[1])), seconds, capability(runtime.target))
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import hardware, seconds
+from benchmarks.machine import seconds
 from flwr_cloned_kd import (
     PRESETS,
     Core,
@@ -30,6 +30,7 @@ from flwr_cloned_kd import (
     take,
     train_edge,
 )
+from flwr_cloned_kd.apps.machine import capability
 from flwr_cloned_kd.data.datasets import moments
 from flwr_cloned_kd.engine.inputs import Dataset
 from flwr_cloned_kd.method.core import CoreState
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--json", type=Path, help="save the results")
     options = parser.parse_args(argv)
     runtime = Runtime(device=options.device, bf16=None)
-    results: dict[str, Any] = {"hardware": hardware(runtime.target), "torch": torch.__version__}
+    results: dict[str, Any] = {"hardware": capability(runtime.target), "torch": torch.__version__}
     table = Table(title=f"Seconds of one distillation: {results['hardware']}")
     for column in ("setup", "preset", "median", "all", "of unselective"):
         table.add_column(column, justify="right")

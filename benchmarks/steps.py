@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import hardware, seconds
+from benchmarks.machine import seconds
 from flwr_cloned_kd import CropAndFlip, Recipe, Runtime, clone, fit, resnet
+from flwr_cloned_kd.apps.machine import capability
 from flwr_cloned_kd.data.datasets import moments
 
 NUM_IMAGES = 5_000
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if plain.target.type == "cuda":
         kinds["recorded"] = recorded
     rows = []
-    table = Table(title=f"Milliseconds of a training step: {hardware(plain.target)}")
+    table = Table(title=f"Milliseconds of a training step: {capability(plain.target)}")
     for column in ("model", "clones", *kinds):
         table.add_column(column, justify="right")
     for depth, num_clones in product(options.depths, options.clones):
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"ResNet-{depth}", str(num_clones), *(f"{time:.2f}" for time in times.values())
         )
     Console(width=100).print(table)
-    results = {"rows": rows, "hardware": hardware(plain.target), "torch": torch.__version__}
+    results = {"rows": rows, "hardware": capability(plain.target), "torch": torch.__version__}
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return results

@@ -1,6 +1,8 @@
 """What the example apps share."""
 
-from .experiment import build_edge, serve
+from . import build
+from .report import Report
+from .serve import run_baseline
 from .settings import Settings
 
-__all__ = ["Settings", "build_edge", "serve"]
+__all__ = ["Report", "Settings", "build", "run_baseline"]

@@ -1,24 +1,24 @@
-"""Every knob of the example apps, as a run-config key."""
+"""The knobs of the example apps, each stated once: type, range, default, meaning, what it affects.
 
+A field of `Settings` is a knob. Its run-config key is the name of the field with "-" for "_".
+`python -m flwr_cloned_kd.apps` prints the knobs for the apps' pyproject.toml and docs/settings.md.
+"""
+
+import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_type_hints
 
-from torch import Tensor, nn
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from ..data.datasets import moments
-from ..data.models import resnet
 from ..engine.inputs import CropAndFlip
-from ..engine.recipe import fold_in
 from ..engine.runtime import Runtime
 from ..method.guards import TrainAccuracyDrop, TrainAccuracyJump
 from ..method.variants import PRESETS, VARIANTS
 
-DATASETS = ("digits", "cifar100", "npz", "huggingface")
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox", "fedasync", "fedbuff")
-STALENESS = ("", "constant", "polynomial", "hinge")
 GUARDS = {"none": None, "jump": TrainAccuracyJump, "drop": TrainAccuracyDrop}
 CHOICES = {"auto": None, "on": True, "off": False}
 AUGMENTATIONS = {
@@ -27,226 +27,365 @@ AUGMENTATIONS = {
     "crop": CropAndFlip(flip=False),
     "crop-and-flip": CropAndFlip(),
 }
+TYPES = {str: "string", int: "int", float: "float", bool: "bool"}
+"""How pydantic names the types of values in its errors."""
+MODELS = "digits-cnn or resnet-DEPTH with DEPTH 8, 14, 20, 32, ..."
+
+DATA = "Data"
+METHOD = "Model and method"
+TRAINING = "Training"
+UNRELIABLE = "Unreliable edges"
+RUN = "The run"
+SPEED = "Speed only"
+
+Affects = Literal["result", "Flower run", "speed", "paths"]
+"""What a knob changes.
+
+"result": the numbers of every run. "Flower run": runs through Flower, its baselines included, but
+not the plain loop of `paper`. "speed": how fast a run is. "paths": where files are.
+"""
+
+
+class Knob(NamedTuple):
+    """A field of `Settings` with its type, range and meaning."""
+
+    key: str
+    """Its key in a run-config."""
+    default: Any
+    kind: type
+    expected: str
+    """The range in words; "" if every value of the type will do."""
+    choices: tuple[str, ...]
+    """The names to choose from; empty if the values are no names."""
+    group: str
+    meaning: str
+    affects: Affects
+
+
+def setting(default: Any, group: str, meaning: str, affects: Affects = "result") -> Any:
+    """Make a field of `Settings` with its default value, its group and its meaning."""
+    return field(default=default, metadata={"group": group, "meaning": meaning, "affects": affects})
+
+
+def one_of(*choices: str) -> Any:
+    """Make the constraint that a text is one of these names."""
+    pattern = "|".join(re.escape(choice) for choice in choices)
+    expected = f"one of {', '.join(choices)}"
+    return Field(pattern=f"^(?:{pattern})$", description=expected, examples=list(choices))
+
+
+def model_depth(model: str) -> int:
+    """Return the depth of the ResNet that a model's name stands for.
+
+    Raises:
+        ValueError: if the name is neither digits-cnn nor that of a ResNet for CIFAR.
+    """
+    if model == "digits-cnn":
+        return 8
+    family, _, depth = model.partition("-")
+    if family != "resnet" or not depth.isdecimal() or int(depth) < 8 or int(depth) % 6 != 2:
+        raise ValueError
+    return int(depth)
+
+
+def _model_name(model: str) -> str:
+    model_depth(model)
+    return model
+
+
+def _device_name(device: str) -> str:
+    Runtime(device=device)
+    return device
+
+
+def _strategy_names(names: str) -> str:
+    if not set(_split(names)) <= set(STRATEGIES):
+        raise ValueError
+    return names
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
+# The description says in words what the constraint demands: for errors and for the table of knobs.
+Count = Annotated[int, Field(ge=1, description="at least 1")]
+CountOrZero = Annotated[int, Field(ge=0, description="at least 0")]
+Staleness = Annotated[int, Field(ge=-1, description="at least 0, or -1 for any")]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False, description="at least 0")]
+Positive = Annotated[float, Field(gt=0, description="above 0")]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="above 0")]
+Fraction = Annotated[float, Field(ge=0, le=1, description="a fraction, 0 to 1")]
+Share = Annotated[float, Field(gt=0, le=1, description="a fraction, above 0 to 1")]
+Device = Annotated[
+    str, AfterValidator(_device_name), Field(description="auto, cpu, cuda, cuda:1, ...")
+]
+STRATEGY_NAMES = Field(description=f"some of {', '.join(STRATEGIES)}", examples=list(STRATEGIES))
+Switch = Annotated[str, one_of(*CHOICES)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `[tool.flwr.app.config]` of the example apps holds, with `_` for `-`.
+    """What a run-config of the example apps says, checked.
 
-    Args:
-        dataset: digits, cifar100, npz or huggingface.
-        data_path: where cifar100 is or goes to; the archive of npz; the name of huggingface's.
-        image_key, label_key: columns of a huggingface dataset.
-        num_edges: parts of the data besides the core's.
-        split: "random" (even), "dirichlet" (labels skewed over the edges, the core even) or
-            "one-class" (every edge has the images of one class, the core is even).
-        dirichlet_alpha: above 0; the smaller, the more skewed.
-        model: digits-cnn or resnet-DEPTH.
-        variant: a row of Fig. 5: what an edge starts from, clones, memory.
-        num_clones, memory_size: 0 takes the variant's.
-        preset: "practical", "paper" or "unselective" (Phase 2).
-        core_epochs, edge_epochs, distill_epochs: of Phases 0, 1 and 2.
-        batch_size, lr, momentum, weight_decay: of all phases.
-        augment: of all phases: "none", "shift" (by at most a pixel), "crop" or "crop-and-flip".
-        distill_augment: of Phase 2 alone; "" takes `augment`.
-        distill_lr, temperature: 0 takes the preset's.
-        edge_accuracy_stop: Phase 1 ends at this training accuracy; 0 trains all epochs.
-        plateau_patience: Phase 2 ends after so many epochs without progress; 0 trains all.
-        noisy_edges: comma-separated partition ids whose labels are shuffled (Sec. 5.3).
-        noise_probability: p, the share of their batches that are, in [0, 1].
-        guard: "none", or refuse an edge after which the core's training accuracy takes a "jump"
-            (Sec. 5.3) or a "drop" of more than `guard_threshold`, a fraction.
-        edge_delays: comma-separated seconds that edge 0, 1, ... sleeps before it answers, for
-            trying slow edges; the others do not sleep.
-        strategy: one of cloned-kd, fedavg, fedprox, fedasync, fedbuff, or several, comma-separated,
-            run in turn, each once.
-        num_rounds: of cloned-kd; 0 visits every edge once.
-        baseline_rounds: of fedavg and fedprox, each with all edges; fedasync and fedbuff take as
-            many answers as that has.
-        proximal_mu: of fedprox.
-        max_in_flight: of cloned-kd, fedasync and fedbuff.
-        max_staleness: of the same; -1 takes every answer.
-        staleness_weight: of the same: "" keeps each one's own, "constant", "polynomial" (with
-            exponent `staleness_a`) or "hinge" (with `staleness_a` and `staleness_b`).
-        fedasync_alpha, fedbuff_size, fedbuff_lr: see `FedAsync` and `FedBuff`.
-        checkpoint: absolute path of a file that cloned-kd writes after every round and goes on
-            from; "" writes none.
-        seed: determines every draw.
-        device, client_device: "auto", "cpu", "cuda", "cuda:1", ...
-        batch_clones, bf16, compile: "auto", "on" or "off"; see `Runtime`.
-        cuda_graphs: see `Runtime`.
-        results: absolute folder for the results; "" writes into ./results.
-        timeout: seconds to wait for an edge.
+    docs/settings.md explains every field; `python -m flwr_cloned_kd.apps table` prints that table.
 
     Raises:
-        ValueError: naming the key, what was expected and what was found.
+        ValueError: with the key, what was expected and the value.
     """
 
-    dataset: str = "digits"
-    data_path: str = ""
-    image_key: str = "img"
-    label_key: str = "fine_label"
-    num_edges: int = 9
-    split: str = "random"
-    dirichlet_alpha: float = 0.3
-    model: str = "digits-cnn"
-    variant: str = "CEM"
-    num_clones: int = 0
-    memory_size: int = 0
-    preset: str = "practical"
-    core_epochs: int = 12
-    edge_epochs: int = 30
-    distill_epochs: int = 30
-    batch_size: int = 128
-    lr: float = 0.1
-    distill_lr: float = 0.0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    augment: str = "none"
-    distill_augment: str = ""
-    temperature: float = 0.0
-    edge_accuracy_stop: float = 0.0
-    plateau_patience: int = 0
-    noisy_edges: str = ""
-    noise_probability: float = 1.0
-    guard: str = "none"
-    guard_threshold: float = 0.1
-    edge_delays: str = ""
-    strategy: str = "cloned-kd"
-    num_rounds: int = 0
-    baseline_rounds: int = 9
-    proximal_mu: float = 0.01
-    max_in_flight: int = 1
-    max_staleness: int = -1
-    staleness_weight: str = ""
-    staleness_a: float = 0.5
-    staleness_b: float = 4.0
-    fedasync_alpha: float = 0.6
-    fedbuff_size: int = 3
-    fedbuff_lr: float = 0.5
-    checkpoint: str = ""
-    seed: int = 0
-    device: str = "auto"
-    client_device: str = "auto"
-    batch_clones: str = "auto"
-    bf16: str = "auto"
-    compile: str = "auto"
-    cuda_graphs: bool = False
-    results: str = ""
-    timeout: float = 3600.0
+    dataset: Annotated[str, one_of("digits", "cifar100", "npz", "huggingface")] = setting(
+        "digits", DATA, "the data; digits need scikit-learn, cifar100 is downloaded"
+    )
+    data_path: str = setting(
+        "", DATA, "folder of cifar100, archive of npz, or name of the HuggingFace dataset", "paths"
+    )
+    image_key: str = setting("img", DATA, "column of a HuggingFace dataset that holds the images")
+    label_key: str = setting(
+        "fine_label", DATA, "column of a HuggingFace dataset that holds the labels"
+    )
+    num_edges: Count = setting(
+        9, DATA, "number of edges; the core and every edge have a part of the data"
+    )
+    split: Annotated[str, one_of("random", "dirichlet", "one-class")] = setting(
+        "random",
+        DATA,
+        "parts of the edges: even, with skewed labels, or one class each; the core's part is even",
+    )
+    dirichlet_alpha: Positive = setting(
+        0.3, DATA, "evenness of the dirichlet split; the smaller, the more skewed"
+    )
+
+    model: Annotated[str, AfterValidator(_model_name), Field(description=MODELS)] = setting(
+        "digits-cnn",
+        METHOD,
+        "network of the core and of the edges: digits-cnn, resnet-8, resnet-14, resnet-20, ...",
+    )
+    variant: Annotated[str, one_of(*VARIANTS)] = setting(
+        "CEM", METHOD, "row of the paper's Fig. 5: start of an edge, clones, memory"
+    )
+    num_clones: CountOrZero = setting(
+        0, METHOD, "clones that an edge trains; 0 takes the number of the variant"
+    )
+    memory_size: CountOrZero = setting(
+        0, METHOD, "ensembles in the temporal memory; 0 takes the number of the variant"
+    )
+    preset: Annotated[str, one_of(*PRESETS)] = setting(
+        "practical", METHOD, "form of Phase 2, explained in docs/how_it_works.md"
+    )
+    temperature: Amount = setting(
+        0.0, METHOD, "temperature of the distillation; 0 takes the value of the preset"
+    )
+
+    core_epochs: Count = setting(12, TRAINING, "epochs of Phase 0: the core, before any edge")
+    edge_epochs: Count = setting(30, TRAINING, "epochs of Phase 1: the clones on an edge")
+    distill_epochs: Count = setting(30, TRAINING, "epochs of Phase 2: the core, after each edge")
+    batch_size: Count = setting(128, TRAINING, "images per training step in all phases")
+    lr: Amount = setting(0.1, TRAINING, "learning rate at the start of each phase")
+    distill_lr: Amount = setting(
+        0.0, TRAINING, "learning rate of Phase 2; 0 takes the value of the preset"
+    )
+    momentum: Amount = setting(
+        0.9, TRAINING, "momentum of stochastic gradient descent in all phases"
+    )
+    weight_decay: Amount = setting(1e-4, TRAINING, "weight decay in all phases")
+    augment: Annotated[str, one_of(*AUGMENTATIONS)] = setting(
+        "none", TRAINING, "augmentation in all phases; shift is by at most a pixel"
+    )
+    distill_augment: Annotated[str, one_of("", *AUGMENTATIONS)] = setting(
+        "", TRAINING, "augmentation in Phase 2; the empty text takes that of augment"
+    )
+    edge_accuracy_stop: Fraction = setting(
+        0.0, TRAINING, "training accuracy that ends Phase 1 early; 0 trains all epochs"
+    )
+    plateau_patience: CountOrZero = setting(
+        0, TRAINING, "epochs without progress that end Phase 2 early; 0 trains all epochs"
+    )
+
+    noisy_edges: str = setting(
+        "", UNRELIABLE, 'partition ids of the edges whose labels are shuffled, such as "3,6"'
+    )
+    noise_probability: Fraction = setting(
+        1.0, UNRELIABLE, "share of a noisy edge's batches whose labels are shuffled"
+    )
+    guard: Annotated[str, one_of(*GUARDS)] = setting(
+        "none",
+        UNRELIABLE,
+        "change of the core's training accuracy for which an edge is refused",
+    )
+    guard_threshold: Fraction = setting(
+        0.1, UNRELIABLE, "largest jump or drop that the guard accepts"
+    )
+    edge_delays: str = setting(
+        "",
+        UNRELIABLE,
+        'seconds that edges 0, 1, ... sleep before they answer, such as "8,0,2"',
+        "Flower run",
+    )
+    timeout: Positive = setting(
+        3600.0, UNRELIABLE, "seconds to wait for an answer of an edge", "Flower run"
+    )
+
+    strategy: Annotated[str, AfterValidator(_strategy_names), STRATEGY_NAMES] = setting(
+        "cloned-kd", RUN, "strategies to run in turn, separated by commas", "Flower run"
+    )
+    num_rounds: CountOrZero = setting(
+        0, RUN, "rounds of cloned-kd, with one edge each; 0 asks every edge once"
+    )
+    baseline_rounds: Count = setting(
+        9,
+        RUN,
+        "rounds of fedavg and fedprox, with all edges; fedasync and fedbuff take as many answers",
+        "Flower run",
+    )
+    proximal_mu: Amount = setting(0.01, RUN, "mu of fedprox", "Flower run")
+    max_in_flight: Count = setting(
+        1, RUN, "edges asked at the same time by cloned-kd, fedasync and fedbuff", "Flower run"
+    )
+    max_staleness: Staleness = setting(
+        -1,
+        RUN,
+        "versions of the core by which an answer may be late; -1 is any number",
+        "Flower run",
+    )
+    staleness_weight: Annotated[str, one_of("", "constant", "polynomial", "hinge")] = setting(
+        "",
+        RUN,
+        "weight of a late answer; the empty text takes the default of the strategy",
+        "Flower run",
+    )
+    staleness_a: Amount = setting(
+        0.5, RUN, "parameter a of the weights polynomial and hinge", "Flower run"
+    )
+    staleness_b: Amount = setting(
+        4.0, RUN, "parameter b of the weight hinge, in versions", "Flower run"
+    )
+    fedasync_alpha: Share = setting(
+        0.6, RUN, "share of a fresh answer in the new model of fedasync", "Flower run"
+    )
+    fedbuff_size: Count = setting(3, RUN, "answers in the buffer of fedbuff", "Flower run")
+    fedbuff_lr: Rate = setting(0.5, RUN, "server learning rate of fedbuff", "Flower run")
+    checkpoint: str = setting(
+        "",
+        RUN,
+        "absolute path of a file that cloned-kd writes in every round and resumes from",
+        "paths",
+    )
+    seed: int = setting(0, RUN, "seed of every draw")
+    results: str = setting(
+        "", RUN, "absolute path of the folder for results; the empty text is ./results", "paths"
+    )
+
+    device: Device = setting("auto", SPEED, "device of the core", "speed")
+    client_device: Device = setting("auto", SPEED, "device of the edges", "speed")
+    batch_clones: Switch = setting(
+        "auto", SPEED, "training of all clones in one pass, instead of one by one", "speed"
+    )
+    bf16: Switch = setting("auto", SPEED, "bfloat16 instead of float32 in the models", "speed")
+    compile: Switch = setting("auto", SPEED, "compilation of clones that train one by one", "speed")
+    cuda_graphs: bool = setting(
+        False, SPEED, "replay of recorded training steps, on GPUs only", "speed"
+    )
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Settings":
-        """Check a run-config and take it over; keys are kebab-case."""
-        known = {field.name.replace("_", "-"): field for field in fields(cls)}
+        """Make settings from a run-config, whose keys have "-" for "_".
+
+        A whole number is accepted where another number is expected.
+
+        Raises:
+            ValueError: for an unknown key, with the nearest known ones, or for a wrong value.
+        """
+        known = {knob.key: knob for knob in knobs()}
         values: dict[str, Any] = {}
         for key, value in config.items():
             if key not in known:
                 likely = get_close_matches(key, known) or known
                 raise ValueError(f"run-config {key}: expected a known key ({', '.join(likely)})")
-            default = known[key].default
-            kind = str if default is MISSING else type(default)
-            if kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind:
-                raise ValueError(f"run-config {key}: expected {kind.__name__}, got {value!r}")
-            values[known[key].name] = value
+            whole = known[key].kind is float and type(value) is int
+            values[key.replace("-", "_")] = float(value) if whole else value
         return cls(**values)
 
     def __post_init__(self) -> None:
-        self._among("dataset", DATASETS)
-        self._among("split", ("random", "dirichlet", "one-class"))
-        self._among("variant", tuple(VARIANTS))
-        self._among("preset", tuple(PRESETS))
-        self._among("augment", tuple(AUGMENTATIONS))
-        self._among("distill_augment", ("", *AUGMENTATIONS))
-        self._among("guard", tuple(GUARDS))
-        self._among("staleness_weight", STALENESS)
-        for name in ("batch_clones", "bf16", "compile"):
-            self._among(name, tuple(CHOICES))
-        for name in self.strategies:
-            if name not in STRATEGIES:
-                self._fail("strategy", f"some of {', '.join(STRATEGIES)}")
+        _check(vars(self))
         if len(set(self.strategies)) < len(self.strategies):
             self._fail("strategy", "each one once")
-        for name in ("num_edges", "core_epochs", "edge_epochs", "distill_epochs", "batch_size",
-                     "baseline_rounds", "max_in_flight", "fedbuff_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                self._fail(name, "at least 1")
-        for name in ("num_clones", "memory_size", "num_rounds", "plateau_patience", "lr",
-                     "staleness_a", "staleness_b", "distill_lr", "momentum", "weight_decay",
-                     "proximal_mu", "temperature"):  # fmt: skip
-            if not 0 <= getattr(self, name) < float("inf"):
-                self._fail(name, "at least 0")
-        for name in ("noise_probability", "edge_accuracy_stop", "guard_threshold",
-                     "fedasync_alpha"):  # fmt: skip
-            if not 0 <= getattr(self, name) <= 1:
-                self._fail(name, "a fraction, 0 to 1")
-        if self.max_staleness < -1:
-            self._fail("max_staleness", "at least 0, or -1 for any")
         try:
-            ready = all(0 <= delay < float("inf") for delay in self.delays)
+            delays_fit = all(0 <= delay < float("inf") for delay in self.delays)
         except ValueError:
-            ready = False
-        if not ready or len(self.delays) > self.num_edges:
+            delays_fit = False
+        if not delays_fit or len(self.delays) > self.num_edges:
             self._fail("edge_delays", f"at most {self.num_edges} numbers of seconds")
-        for name in ("dirichlet_alpha", "timeout", "fedasync_alpha", "fedbuff_lr"):
-            if not getattr(self, name) > 0:
-                self._fail(name, "above 0")
         if self.dataset in ("npz", "huggingface") and not self.data_path:
             self._fail("data_path", f"where the {self.dataset} data is")
         if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
             self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
-        build_model(self, 10)
-        for name in ("device", "client_device"):
-            try:
-                Runtime(device=getattr(self, name))
-            except ValueError:
-                self._fail(name, "auto, cpu, cuda, cuda:1, ...")
 
     @property
     def strategies(self) -> list[str]:
         """The strategies to run, in turn."""
-        return [name.strip() for name in self.strategy.split(",")]
+        return _split(self.strategy)
 
     @property
     def noisy(self) -> list[str]:
         """The partition ids of noisy edges."""
-        return [edge.strip() for edge in self.noisy_edges.split(",") if edge.strip()]
+        return [edge for edge in _split(self.noisy_edges) if edge]
 
     @property
     def delays(self) -> list[float]:
         """Seconds that edge 0, 1, ... sleeps before it answers."""
-        return [float(delay) for delay in self.edge_delays.split(",") if delay.strip()]
+        return [float(delay) for delay in _split(self.edge_delays) if delay]
 
-    def _among(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            self._fail(name, f"one of {', '.join(choices)}")
-
-    def _fail(self, name: str, expected: str) -> None:
-        key = name.replace("_", "-")
-        raise ValueError(f"run-config {key}: expected {expected}, got {getattr(self, name)!r}")
+    def _fail(self, name: str, expected: str) -> NoReturn:
+        _refuse(name, expected, getattr(self, name))
 
 
-# A client process builds its model anew for every message, from the same images.
-_moments_once = lru_cache(maxsize=1)(moments)
-
-
-def build_model(settings: Settings, num_classes: int, images: Tensor | None = None) -> nn.Module:
-    """Build the model of a run for images like these, with weights determined by its seed."""
-    channels = 3 if images is None else images.shape[1]
-    raw = images is not None and not images.is_floating_point()
-    pixels = _moments_once(images) if images is not None and raw else None
-    seed = fold_in(settings.seed, "model")
-    family, _, depth = settings.model.partition("-")
-    try:
-        if settings.model == "digits-cnn":
-            return resnet(8, num_classes, channels=channels, width=8, seed=seed, pixels=pixels)
-        if family == "resnet":
-            return resnet(int(depth), num_classes, channels=channels, seed=seed, pixels=pixels)
-    except ValueError:
-        pass
-    raise ValueError(
-        f"run-config model: expected digits-cnn or resnet-DEPTH with DEPTH 8, 14, 20, 32, ..., "
-        f"got {settings.model!r}"
+@cache
+def knobs() -> tuple[Knob, ...]:
+    """List the knobs in the order of the fields of `Settings`."""
+    constraints = _checked().model_fields
+    return tuple(
+        Knob(
+            key=entry.name.replace("_", "-"),
+            default=entry.default,
+            kind=type(entry.default),
+            expected=constraints[entry.name].description or "",
+            choices=tuple(constraints[entry.name].examples or ()),
+            **entry.metadata,
+        )
+        for entry in fields(Settings)
     )
+
+
+def affects_result() -> set[str]:
+    """Return the fields of `Settings` that change the numbers of every run."""
+    return {knob.key.replace("-", "_") for knob in knobs() if knob.affects == "result"}
+
+
+@cache
+def _checked() -> type[BaseModel]:
+    """Make the pydantic model whose fields have the types, ranges and defaults of `Settings`."""
+    hints = get_type_hints(Settings, include_extras=True)
+    types: dict[str, Any] = {
+        entry.name: (hints[entry.name], entry.default) for entry in fields(Settings)
+    }
+    return create_model("CheckedSettings", __config__=ConfigDict(strict=True), **types)
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Compare values with the types and ranges of their fields; the first wrong one raises."""
+    try:
+        _checked()(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    else:
+        return
+    name = str(first["loc"][0])
+    knob = next(knob for knob in knobs() if knob.key == name.replace("_", "-"))
+    wrong_type = first["type"] == f"{TYPES[knob.kind]}_type"
+    _refuse(name, knob.kind.__name__ if wrong_type else knob.expected, first["input"])
+
+
+def _refuse(name: str, expected: str, value: object) -> NoReturn:
+    key = name.replace("_", "-")
+    raise ValueError(f"run-config {key}: expected {expected}, got {value!r}")

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# The palette of Okabe and Ito, for all kinds of colour vision; the hatches are for print in grey.
+from .palette import BLUE, GREY, ORANGE, SKY, VERMILION, YELLOW
+
+# The hatches are for print in grey.
 LOOKS = {
-    "learn": ("core learns", "#0072B2", ""),
-    "refused": ("core refuses", "#D55E00", "////"),
-    "train": ("edge busy", "#56B4E9", ""),
-    "error": ("edge crashed", "#E69F00", "xxxx"),
-    "expire": ("edge silent", "#999999", "...."),
-    "open": ("still under way", "#F0E442", ""),
+    "learn": ("core learns", BLUE, ""),
+    "refused": ("core refuses", VERMILION, "////"),
+    "train": ("edge busy", SKY, ""),
+    "error": ("edge crashed", ORANGE, "xxxx"),
+    "expire": ("edge silent", GREY, "...."),
+    "open": ("still under way", YELLOW, ""),
 }
 """Look -> text in the legend, colour, hatch."""
 

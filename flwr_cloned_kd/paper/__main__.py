@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import __version__
-from ..apps.experiment import load
+from ..apps.build import load
 from ..apps.settings import CHOICES, Settings
 from ..io.checkpoint import write_atomically
 from .cache import all_records, key, stored

@@ -19,7 +19,7 @@ from filelock import FileLock
 from flwr.common import log
 
 from .. import __version__
-from ..apps.experiment import load
+from ..apps.build import load
 from ..apps.settings import Settings
 from ..engine.ensemble import StateDict
 from ..io.checkpoint import digest, newest, previous, write, write_atomically

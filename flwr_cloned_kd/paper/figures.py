@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib_venn import venn2
 from matplotlib_venn.layout.venn2 import DefaultLayoutAlgorithm
 
+from ..asynchronous.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from .experiments import LAG
 from .noise import NOISE, NOISY_ROUNDS
 from .seeds import OURS
@@ -17,9 +18,6 @@ from .skew import BETWEEN
 
 Data = dict[str, Any]
 
-# Okabe and Ito's palette: told apart with every kind of colour vision, and in grey by marker.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 DOTS_PER_INCH = 110
 WIDTH_INCHES = 10.0
 

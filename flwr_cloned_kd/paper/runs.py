@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..apps.experiment import build_core, edge_recipe, load, phase_2, split
-from ..apps.report import hardware
-from ..apps.settings import Settings
+from ..apps.build import build_core, edge_recipe, load, phase_2, split
+from ..apps.machine import hardware
+from ..apps.settings import Settings, affects_result
 from ..baselines.averaging import mix as mix_models
 from ..data.datasets import take
 from ..engine.ensemble import Ensemble, StateDict, clone
@@ -82,19 +82,11 @@ class Run:
         return [(first + i) % self.settings.num_edges for i in range(self.edges_per_round)], 0
 
 
-NOT_READ = ("device", "client_device", "batch_clones", "bf16", "compile", "cuda_graphs", "results",
-            "timeout", "strategy", "baseline_rounds", "proximal_mu", "max_in_flight",
-            "edge_delays", "max_staleness", "staleness_weight", "staleness_a", "staleness_b",
-            "fedasync_alpha", "fedbuff_size", "fedbuff_lr", "checkpoint", "data_path")  # fmt: skip
-"""Settings that change the speed of a run only, belong to Flower's paths, or say where data is."""
-
-
 def describe(run: Run) -> dict[str, Any]:
     """Return what determines the records of a run, ready for JSON."""
     found = asdict(run)
     found["order"] = [list(visit) for visit in run.order]
-    for name in NOT_READ:
-        del found["settings"][name]
+    found["settings"] = {k: v for k, v in found["settings"].items() if k in affects_result()}
     # What Phase 2 does counts, and not the name of its preset, which may come to mean another.
     for name in ("preset", "distill_augment"):
         del found["settings"][name]

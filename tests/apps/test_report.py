@@ -2,12 +2,14 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from flwr_cloned_kd.apps.report import Report, comparison_table, final_accuracy, rounds_table
+from flwr_cloned_kd.apps.report import Report
 from flwr_cloned_kd.apps.settings import Settings
+from flwr_cloned_kd.apps.tables import comparison_table, final_accuracy, rounds_table
 from flwr_cloned_kd.asynchronous.timeline import Event
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.federation import NOTHING, Tally, adds, small_core
@@ -22,6 +24,11 @@ def row(server_round, accuracy, accepted=1.0, edge="0"):
         "bytes-down": 1000,
         "bytes-up": 2000,
     }
+
+
+def ended(events, history=()):
+    """A strategy that has ended."""
+    return SimpleNamespace(events=events, history=list(history))
 
 
 @pytest.fixture
@@ -40,6 +47,15 @@ def test_rows_are_on_disk_as_they_come(report):
     rows = [json.loads(line) for line in lines]
     assert [r["strategy"] for r in rows] == ["cloned-kd"] * 3 + ["fedavg"]
     assert all(r["seconds"] >= 0 for r in rows)
+
+
+def test_rounds_before_a_resumption_come_first_on_disk_too(report):
+    history = [{**row(number, 0.6), "time": 3.0 * number} for number in range(1, 6)]
+    report.keep("cloned-kd", ended([], history))
+    lines = (report.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == report.rows
+    assert [r["strategy"] for r in report.rows] == ["cloned-kd"] * 5 + ["fedavg"]
+    assert [r["seconds"] for r in report.rows[:2]] == [3.0, 3.0]
 
 
 def test_the_summary_says_what_ran_where_and_what_came_out(report):
@@ -65,7 +81,7 @@ def test_without_matplotlib_the_rest_is_still_written(report, monkeypatch):
     def missing(*args):
         raise ImportError("matplotlib")
 
-    monkeypatch.setattr("flwr_cloned_kd.apps.report.draw", missing)
+    monkeypatch.setattr("flwr_cloned_kd.apps.report.draw_accuracy", missing)
     report.finish()
     assert (report.folder / "summary.json").exists()
 
@@ -91,23 +107,24 @@ def test_the_summary_accounts_for_bytes_time_and_staleness(report):
     late = {"staleness": 2, "core-seconds": 1.5, "core-idle-seconds": 0.5, "edge-seconds": 4.0}
     report.add("cloned-kd", row(4, 0.7) | late)
     report.add("cloned-kd", row(5, 0.7, edge="1") | late)
-    found = report.summary()["accounts"]
-    assert set(found) == {"cloned-kd", "fedavg"}
-    mine = found["cloned-kd"]
-    assert (mine["bytes-down"], mine["bytes-up"]) == (5000, 10000)
-    assert mine["bytes-per-edge"] == {"0": [4000, 8000], "1": [1000, 2000]}
-    assert mine["core-seconds"] == 3.0
-    assert mine["core-idle-seconds"] == 1.0
-    assert mine["staleness"] == {"2": 2}
+    accounts = report.summary()["accounts"]
+    assert set(accounts) == {"cloned-kd", "fedavg"}
+    account = accounts["cloned-kd"]
+    assert (account["bytes-down"], account["bytes-up"]) == (5000, 10000)
+    assert account["bytes-per-edge"] == {"0": [4000, 8000], "1": [1000, 2000]}
+    assert account["core-seconds"] == 3.0
+    assert account["core-idle-seconds"] == 1.0
+    assert account["staleness"] == {"2": 2}
 
 
 HOSTILE = ("clinic[/x]", "[bold]b", "$\\frac$", "a$b$", "\\$x$", "core", "a\\[/x]")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_no_name_an_edge_gives_itself_keeps_a_run_from_ending(report, name, flower_log):
+def test_an_edge_cannot_end_a_run_by_its_name(report, name, flower_log):
     report.add("cloned-kd", row(4, 0.8, edge=name))
-    report.keep("cloned-kd", [Event(0, "ask", name, 1, 0), Event(1, "answer", name, 1, 0)])
+    events = [Event(0, "ask", name, 1, 0), Event(1, "answer", name, 1, 0)]
+    report.keep("cloned-kd", ended(events))
     report.finish()
     assert (report.folder / "timeline-cloned-kd.png").exists()
     assert not any("picture" in line for line in flower_log)
@@ -124,12 +141,12 @@ def test_two_runs_of_one_second_have_a_folder_each(tmp_path, monkeypatch):
     assert folders == [first, f"{first}-2", f"{first}-3"]
 
 
-def test_a_picture_that_fails_costs_one_line_not_the_report(report, monkeypatch, flower_log):
+def test_a_picture_that_fails_is_one_line_in_the_log(report, monkeypatch, flower_log):
     def broken(*args, **options):
         raise RuntimeError("no such font")
 
     monkeypatch.setattr("flwr_cloned_kd.apps.report.draw_timeline", broken)
-    report.keep("cloned-kd", [])
+    report.keep("cloned-kd", ended([]))
     report.finish()
     assert "No picture: RuntimeError: no such font" in flower_log
     assert any(line.startswith("Results in ") for line in flower_log)
@@ -138,7 +155,7 @@ def test_a_picture_that_fails_costs_one_line_not_the_report(report, monkeypatch,
 def test_a_timeline_of_a_real_run_is_drawn(report):
     strategy = Tally(max_in_flight=2)
     strategy.start(FakeGrid([adds(1), adds(2), adds(3)]), NOTHING, num_rounds=3)
-    report.keep("cloned-kd", strategy.events)
+    report.keep("cloned-kd", strategy)
     report.finish()
     picture = report.folder / "timeline-cloned-kd.png"
     assert picture.read_bytes().startswith(b"\x89PNG")

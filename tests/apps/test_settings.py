@@ -1,48 +1,160 @@
-"""Every knob is a run-config key; a wrong one stops the run with the key, expected and found."""
+"""Every knob is stated once; a wrong value stops the run with the key, expected and got."""
 
-import re
+import math
 import tomllib
-from dataclasses import fields
+from collections import Counter
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, RecordDict
+import torch
+from flwr.common.config import parse_config_args
 
-from flwr_cloned_kd import VARIANTS, Runtime, TrainAccuracyDrop, TrainAccuracyJump
-from flwr_cloned_kd.apps.experiment import build_core, build_edge, split
-from flwr_cloned_kd.apps.settings import Settings
+from flwr_cloned_kd import FedAsync, FedBuff, HingeStaleness, PolynomialStaleness, Recipe, resnet
+from flwr_cloned_kd.apps.__main__ import config_section, main, table
+from flwr_cloned_kd.apps.settings import Settings, affects_result, knobs
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def app_config(name):
-    return tomllib.loads((EXAMPLES / name / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart_digits"
 
 
-@pytest.mark.parametrize("app", ["quickstart_digits", "cifar100"])
-def test_an_app_offers_every_knob(app):
-    config = app_config(app)["config"]
-    assert set(config) == {field.name.replace("_", "-") for field in fields(Settings)}
-    Settings.read(config)
+def app_config():
+    text = (QUICKSTART / "pyproject.toml").read_text()
+    return tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
 
 
-def test_every_knob_is_explained():
-    text = Settings.__doc__.split("Args:")[1].split("Raises:")[0]
-    named = re.findall(r"^ {8}([a-z0-9_, ]+):", text, re.M)
-    explained = {name.strip() for names in named for name in names.split(",")}
-    inside = set(re.findall(r"`([a-z_]+)`", text))  # of another one's explanation
-    assert explained <= {field.name for field in fields(Settings)} <= explained | inside
+def test_the_app_offers_every_knob_as_it_is_stated():
+    assert (QUICKSTART / "pyproject.toml").read_text().endswith("\n\n" + config_section())
+    assert set(app_config()) == {field.name.replace("_", "-") for field in fields(Settings)}
+
+
+def test_the_page_of_settings_has_the_table_of_knobs():
+    assert (ROOT / "docs" / "settings.md").read_text().endswith("\n\n" + table())
 
 
 def test_the_quickstart_runs_on_the_defaults():
-    assert Settings.read(app_config("quickstart_digits")["config"]) == Settings()
+    assert Settings.read(app_config()) == Settings()
 
 
-def test_the_cifar100_app_is_the_papers_setting():
-    settings = Settings.read(app_config("cifar100")["config"])
+def test_the_run_config_of_cifar100_is_the_papers_setting():
+    changes = parse_config_args([str(QUICKSTART / "cifar100.toml")])  # what `flwr run` reads of it
+    settings = Settings.read(app_config() | changes)
     assert (settings.model, settings.num_edges, settings.variant) == ("resnet-32", 9, "CEM")
     assert {settings.core_epochs, settings.edge_epochs, settings.distill_epochs} == {164}
     assert (settings.preset, settings.augment) == ("paper", "crop-and-flip")
+    assert all(value != app_config()[key] for key, value in changes.items())
+
+
+@pytest.mark.parametrize(("form", "text"), [("config", config_section()), ("table", table())])
+def test_a_command_prints_the_knobs(form, text, capsys):
+    assert main([form]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_the_command_explains_itself(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "[tool.flwr.app.config]" in capsys.readouterr().out
+
+
+def test_every_knob_is_explained_in_words_of_its_own():
+    assert max(Counter(knob.meaning for knob in knobs()).values()) == 1
+    assert all(len(knob.meaning.split()) > 1 and "|" not in knob.meaning for knob in knobs())
+    ranged = [knob for knob in knobs() if knob.kind in (int, float) and knob.key != "seed"]
+    assert all(knob.expected for knob in ranged)
+
+
+def test_a_default_is_one_of_the_choices():
+    assert all(knob.default in knob.choices for knob in knobs() if knob.choices)
+
+
+def test_the_knobs_that_do_not_affect_the_plain_loop_are_these():
+    """Records of the study are found by the other knobs: one more or less here loses them."""
+    assert {field.name for field in fields(Settings)} - affects_result() == {
+        "baseline_rounds",
+        "batch_clones",
+        "bf16",
+        "checkpoint",
+        "client_device",
+        "compile",
+        "cuda_graphs",
+        "data_path",
+        "device",
+        "edge_delays",
+        "fedasync_alpha",
+        "fedbuff_lr",
+        "fedbuff_size",
+        "max_in_flight",
+        "max_staleness",
+        "proximal_mu",
+        "results",
+        "staleness_a",
+        "staleness_b",
+        "staleness_weight",
+        "strategy",
+        "timeout",
+    }
+
+
+def test_settings_are_values_that_the_standard_library_copies():
+    settings = replace(Settings(seed=3), temperature=2)
+    assert asdict(settings) == asdict(Settings(seed=3)) | {"temperature": 2}
+    # Records are found by a hash of the values: a whole number stays one.
+    assert type(settings.temperature) is int
+    with pytest.raises(ValueError, match="run-config seed: expected int, got '3'"):
+        replace(settings, seed="3")
+
+
+def test_naming_a_model_builds_no_network(monkeypatch):
+    def build(*args, **options):
+        raise AssertionError("a module was built")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", build)
+    assert Settings(model="resnet-110").model == "resnet-110"
+
+
+def accepts(make, value):
+    try:
+        make(value)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("depth", range(1, 33))
+def test_a_model_can_be_named_if_it_can_be_built(depth):
+    named = accepts(lambda depth: Settings(model=f"resnet-{depth}"), depth)
+    assert named == accepts(lambda depth: resnet(depth, 2, width=1), depth)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("core_epochs", lambda value: Recipe(epochs=value)),
+        ("edge_epochs", lambda value: Recipe(epochs=value)),
+        ("distill_epochs", lambda value: Recipe(epochs=value)),
+        ("batch_size", lambda value: Recipe(batch_size=value)),
+        ("lr", lambda value: Recipe(lr=value)),
+        ("momentum", lambda value: Recipe(momentum=value)),
+        ("weight_decay", lambda value: Recipe(weight_decay=value)),
+        ("proximal_mu", lambda value: Recipe(proximal_mu=value)),
+        ("staleness_a", PolynomialStaleness),
+        ("staleness_b", lambda value: HingeStaleness(1.0, value)),
+        ("fedasync_alpha", lambda value: FedAsync(alpha=value)),
+        ("fedbuff_size", lambda value: FedBuff(buffer_size=value)),
+        ("fedbuff_lr", lambda value: FedBuff(server_lr=value)),
+        ("max_in_flight", lambda value: FedAsync(max_in_flight=value)),
+    ],
+)
+def test_the_range_of_a_knob_is_that_of_the_object_it_is_for(name, make):
+    values = [-1, 0, 1, 2]
+    if isinstance(getattr(Settings(), name), float):
+        values += [0.5, 1.5, math.nan, math.inf]
+    for value in values:
+        assert accepts(lambda value: Settings(**{name: value}), value) == accepts(make, value), (
+            value
+        )
 
 
 @pytest.mark.parametrize(
@@ -69,6 +181,14 @@ def test_the_cifar100_app_is_the_papers_setting():
         ({"noise-probability": 1.5}, "noise-probability: expected a fraction, 0 to 1, got 1.5"),
         ({"timeout": 0}, "timeout: expected above 0, got 0.0"),
         ({"split": "sorted"}, "split: expected one of random, dirichlet, one-class"),
+        ({"edge-delays": "1,x"}, "edge-delays: expected at most 9 numbers of seconds, got '1,x'"),
+        ({"edge-delays": "1,-2"}, "edge-delays: expected at most 9 numbers"),
+        ({"edge-delays": "1,2", "num-edges": 1}, "edge-delays: expected at most 1 numbers"),
+        ({"max-staleness": -2}, "max-staleness: expected at least 0, or -1 for any, got -2"),
+        ({"staleness-weight": "linear"}, "staleness-weight: expected one of"),
+        ({"fedasync-alpha": 1.5}, "fedasync-alpha: expected a fraction"),
+        ({"fedasync-alpha": 0}, "fedasync-alpha: expected a fraction, above 0 to 1, got 0.0"),
+        ({"fedbuff-size": 0}, "fedbuff-size: expected at least 1"),
         ({"device": "tpu9"}, "device: expected auto, cpu, cuda, .* got 'tpu9'"),
     ],
 )
@@ -79,61 +199,3 @@ def test_a_wrong_value_is_named_with_what_was_expected(config, message):
 
 def test_whole_numbers_are_taken_for_fractions():
     assert Settings.read({"lr": 1}).lr == 1.0
-
-
-def test_knobs_reach_what_they_are_for():
-    settings = Settings(
-        variant="CPP", preset="paper", memory_size=2, temperature=2, distill_lr=0.5,
-        plateau_patience=4, guard="jump", guard_threshold=0.2, distill_epochs=3, core_epochs=5,
-        batch_clones="off", bf16="on", compile="off", device="cpu",
-    )  # fmt: skip
-    core = build_core(settings)
-    how = core.distillation
-    assert (how.memory_size, how.temperature, how.recipe.lr, how.recipe.epochs) == (2, 2, 0.5, 3)
-    assert how.recipe.stop.patience == 4
-    assert core.guard == TrainAccuracyJump(0.2)
-    assert build_core(Settings(guard="drop")).guard == TrainAccuracyDrop(0.1)
-    assert build_core(Settings()).guard is None
-    assert core.recipe.epochs == 5
-    assert core.runtime == Runtime(device="cpu", bf16=True, compile=False, batch_clones=False)
-    assert build_core(Settings(variant="CPP")).distillation.memory_size == 1
-    assert build_core(Settings()).distillation.memory_size == VARIANTS["CEM"].memory_size
-
-
-def edge(partition_id, **run_config):
-    config = {key.replace("_", "-"): value for key, value in run_config.items()}
-    return build_edge(Context(1, 5, {"partition-id": partition_id}, RecordDict(), config))
-
-
-def test_core_and_edges_share_no_sample():
-    settings = Settings()
-    core = build_core(settings)
-    sizes = [len(edge(i).dataset[1]) for i in range(9)]
-    assert sum(sizes) + len(core.dataset[1]) == 1437
-    rows = [set(part.tolist()) for part in split(settings, core.held_out[1].new_zeros(1437))]
-    assert len(set.union(*rows)) == sum(len(part) for part in rows) == 1437
-
-
-def test_a_noisy_edge_shuffles_labels_and_its_neighbour_does_not():
-    config = {"noisy_edges": "3", "noise_probability": 0.5}
-    assert edge(3, **config).recipe.label_noise.keywords == {"p": 0.5}
-    assert edge(2, **config).recipe.label_noise is None
-
-
-def test_a_node_without_data_says_how_many_to_start():
-    with pytest.raises(ValueError, match=r"partition-id: expected below num-edges \(9\), got 9"):
-        edge(9)
-
-
-def test_a_skewed_split_covers_the_same_data():
-    pytest.importorskip("flwr_datasets")
-    settings = Settings(split="dirichlet", dirichlet_alpha=0.1)
-    core = build_core(settings)
-    assert len(core.dataset[1]) == 144
-    even, skewed = edge(0), edge(0, split="dirichlet", dirichlet_alpha=0.1)
-    counts = [torch_counts(client.dataset[1]) for client in (even, skewed)]
-    assert max(counts[1]) / sum(counts[1]) > max(counts[0]) / sum(counts[0])
-
-
-def torch_counts(labels):
-    return labels.bincount(minlength=10).tolist()

@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
 
 from flwr_cloned_kd import VARIANTS, edge_seed, fold_in, load_digits, take, train_edge
-from flwr_cloned_kd.apps.experiment import build_core, recipe, split
+from flwr_cloned_kd.apps.build import build_core, recipe, split
 from flwr_cloned_kd.apps.settings import Settings
 from tests.examples.test_deployment import processes
 

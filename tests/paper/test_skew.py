@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flwr_cloned_kd import load_digits
-from flwr_cloned_kd.apps.experiment import split
+from flwr_cloned_kd.apps.build import split
 from flwr_cloned_kd.apps.settings import Settings
 from flwr_cloned_kd.paper.experiments import choose
 from flwr_cloned_kd.paper.runs import Run, describe

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from flwr_cloned_kd import FedAsync, edge_seed, take, train_edge
-from flwr_cloned_kd.apps.experiment import build_core, load, recipe, split
+from flwr_cloned_kd.apps.build import build_core, load, recipe, split
 from flwr_cloned_kd.apps.settings import Settings
 from flwr_cloned_kd.io.checkpoint import previous
 from flwr_cloned_kd.paper import cache, runs

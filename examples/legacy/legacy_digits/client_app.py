@@ -1,7 +1,7 @@
-"""The edges: a NumPyClient, as any legacy server knows it.
+"""The edges: a NumPyClient in a legacy client app.
 
-`edge_app(client_fn)` instead of `ClientApp(client_fn)` would answer Message-API servers too, and
-tell who this edge is.
+`edge_app(client_fn)` instead of `ClientApp(client_fn)` would also answer servers of the Message
+API, and would name the edge by its partition id without `get_properties`.
 """
 
 from flwr.app import Context
@@ -13,7 +13,7 @@ from legacy_digits.task import load_part
 
 
 class Edge(EdgeClient):
-    """An EdgeClient that says who it is, so that it is asked once and in a fixed order."""
+    """An EdgeClient with a name, by which the server asks it once and in a fixed order."""
 
     name = ""
 

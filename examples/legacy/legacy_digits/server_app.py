@@ -8,7 +8,7 @@ from flwr_cloned_kd import Core, LegacyClonedKD, Recipe, digits_cnn, practical
 from legacy_digits.task import load_part, load_test
 
 
-def tell(row):
+def print_round(row):
     print(f"round {row['round']}: edge {row['edge']}, core accuracy {row.get('core-accuracy')}")
 
 
@@ -22,7 +22,11 @@ def server_fn(context: Context) -> ServerAppComponents:
         distillation=practical(Recipe(epochs=int(config["distill-epochs"]))),
     )
     strategy = LegacyClonedKD(
-        core, core.pretrain(), num_clones=int(config["num-clones"]), timeout=60, on_round=tell
+        core,
+        core.pretrain(),
+        num_clones=int(config["num-clones"]),
+        timeout=60,
+        on_round=print_round,
     )
     server_config = ServerConfig(num_rounds=int(config["num-server-rounds"]))
     return ServerAppComponents(strategy=strategy, config=server_config)

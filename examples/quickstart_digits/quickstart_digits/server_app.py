@@ -1,13 +1,50 @@
-"""The core: Phase 0, then one edge after the other."""
+"""The core: it trains on its own data, then learns from one edge after the other."""
 
-from flwr.app import Context
+from functools import partial
+
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from flwr_cloned_kd.apps import serve
+from flwr_cloned_kd import VARIANTS, ClonedKD, Core, take
+from flwr_cloned_kd.apps import Report, Settings, build, run_baseline
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    serve(grid, context)
+    """Run cloned KD, and the strategies to compare it with, from the same first core."""
+    settings = Settings.read(context.run_config)
+    train, held_out = build.load(settings)
+    core = Core(
+        model=build.model(settings),
+        dataset=take(train, build.split(settings, train[1])[0]),
+        recipe=build.recipe(settings, settings.core_epochs),
+        distillation=build.phase_2(settings),
+        guard=build.guard(settings),
+        held_out=held_out,
+        seed=settings.seed,
+        runtime=build.runtime(settings, settings.device),
+    )
+    params = core.pretrain()  # Phase 0
+    report = Report(settings, core, core.held_out_accuracy(params))
+    variant = VARIANTS[settings.variant]
+    for name in settings.strategies:
+        if name != "cloned-kd":
+            run_baseline(name, settings, core, params, grid, report)
+            continue
+        strategy = ClonedKD(
+            core,
+            num_clones=settings.num_clones or variant.num_clones,
+            max_in_flight=settings.max_in_flight,
+            max_staleness=build.max_staleness(settings),
+            staleness_weight=build.staleness_weight(settings),
+            revisit=settings.num_rounds > settings.num_edges,
+            checkpoint=settings.checkpoint or None,
+            send=variant.init(core),
+            on_round=partial(report.add, name),
+        )
+        num_rounds = settings.num_rounds or settings.num_edges
+        strategy.start(grid, ArrayRecord(params), num_rounds=num_rounds, timeout=settings.timeout)
+        report.keep(name, strategy)
+    report.finish()

@@ -1,1 +1,0 @@
-"""Cloned knowledge distillation on CIFAR-100."""

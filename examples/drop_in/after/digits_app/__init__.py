@@ -1,1 +1,0 @@
-"""digits_app: a Flower / PyTorch app."""

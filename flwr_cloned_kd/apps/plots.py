@@ -1,0 +1,62 @@
+"""The picture of a run: the core's accuracy per round, and per megabyte."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..asynchronous.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION
+
+
+class Style(NamedTuple):
+    """How a strategy is written and drawn; the marker serves where there is no colour."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+STYLES = {
+    "cloned-kd": Style("Cloned KD", BLUE, "o"),
+    "fedavg": Style("FedAvg", VERMILION, "s"),
+    "fedprox": Style("FedProx", GREEN, "^"),
+    "fedasync": Style("FedAsync", PURPLE, "v"),
+    "fedbuff": Style("FedBuff", ORANGE, "D"),
+}
+
+
+def style_of(strategy: str) -> Style:
+    """Return the style of a strategy; unknown ones are black."""
+    return STYLES.get(strategy, Style(strategy, BLACK, "x"))
+
+
+def draw_accuracy(rows: list[dict[str, Any]], first: float, path: Path) -> None:
+    """Draw the core's accuracy per round, and per megabyte exchanged.
+
+    Args:
+        first: accuracy of the core before any edge, a fraction in [0, 1].
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name in dict.fromkeys(row["strategy"] for row in rows):
+        rounds = [0.0]
+        megabytes = [0.0]
+        accuracies = [first]
+        for row in (row for row in rows if row["strategy"] == name):
+            rounds.append(row["round"])
+            megabytes.append(megabytes[-1] + (row["bytes-down"] + row["bytes-up"]) / 1e6)
+            accuracies.append(row["core-accuracy"] if row["accepted"] else accuracies[-1])
+        label, colour, marker = style_of(name)
+        for axes, x in ((left, rounds), (right, megabytes)):
+            axes.plot(x, accuracies, color=colour, marker=marker, label=label, markersize=5)
+    left.set_xlabel("round (cloned KD: one edge; FedAvg, FedProx: all edges)")
+    right.set_xlabel("megabytes exchanged, down and up")
+    left.set_ylabel("core accuracy on held-out data")
+    for axes in (left, right):
+        axes.axhline(first, color="0.6", linestyle=":", linewidth=1)
+        axes.grid(alpha=0.3)
+    left.legend(loc="lower right", title=f"first core: {first:.3f}")
+    figure.savefig(path, dpi=120)

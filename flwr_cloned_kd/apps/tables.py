@@ -1,0 +1,72 @@
+"""The tables that a run prints at its end."""
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from .plots import style_of
+
+ACCURACY_COLUMNS = {
+    "edge acc.": "edge-accuracy",
+    "ensemble": "ensemble-accuracy",
+    "knows": "known",
+    "start": "student-start",
+    "core acc.": "core-accuracy",
+    "consensus": "consensus",
+}
+"""Titles of the columns of fractions, and the metrics in them."""
+
+
+def rounds_table(rows: list[dict[str, Any]]) -> Table:
+    """Lay out one line per round of every strategy."""
+    table = Table(title="Rounds")
+    table.add_column("strategy")
+    for title in ("round", "edge", *ACCURACY_COLUMNS, "kB", "seconds"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        fractions = {
+            metric: f"{row[metric]:.3f}" if metric in row else "-"
+            for metric in ACCURACY_COLUMNS.values()
+        }
+        if not row["accepted"]:
+            fractions["core-accuracy"] = "refused"
+        table.add_row(
+            row["strategy"],
+            str(row["round"]),
+            escape(str(row["edge"])),  # the edge chose the name, which may look like markup
+            *fractions.values(),
+            f"{(row['bytes-down'] + row['bytes-up']) / 1e3:.1f}",
+            f"{row['seconds']:.1f}",
+        )
+    return table
+
+
+def comparison_table(rows: list[dict[str, Any]], first: float) -> Table:
+    """Lay out one line per strategy: rounds, accuracies, bytes and seconds.
+
+    Args:
+        first: accuracy of the core before any edge, a fraction in [0, 1].
+    """
+    table = Table(title=f"Comparison (first core: {first:.3f})")
+    table.add_column("strategy")
+    for title in ("rounds", "core acc. after 1", "core acc. at end", "MB in total", "seconds"):
+        table.add_column(title, justify="right")
+    for name in dict.fromkeys(row["strategy"] for row in rows):
+        own_rows = [row for row in rows if row["strategy"] == name]
+        total = sum(row["bytes-down"] + row["bytes-up"] for row in own_rows) / 1e6
+        table.add_row(
+            style_of(name).label,
+            str(len(own_rows)),
+            f"{final_accuracy(own_rows[:1], name, first):.3f}",
+            f"{final_accuracy(own_rows, name, first):.3f}",
+            f"{total:.3f}",
+            f"{sum(row['seconds'] for row in own_rows):.1f}",
+        )
+    return table
+
+
+def final_accuracy(rows: list[dict[str, Any]], strategy: str, first: float) -> float:
+    """Return the core's accuracy after the last accepted round of a strategy, or else `first`."""
+    accepted = [row for row in rows if row["strategy"] == strategy and row["accepted"]]
+    return float(accepted[-1]["core-accuracy"]) if accepted else first
