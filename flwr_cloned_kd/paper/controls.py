@@ -50,7 +50,7 @@ class Control(NamedTuple):
 
 
 def three_in_flight(base: Settings) -> tuple[tuple[int, int], ...]:
-    """Order every edge once; it is sent the core from before the answers of two other edges."""
+    """Visit every edge once, with a core that lacks the answers of the two edges before it."""
     return tuple((edge, min(edge, 2)) for edge in range(base.num_edges))
 
 

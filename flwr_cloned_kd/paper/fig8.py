@@ -1,4 +1,4 @@
-"""Fig. 8: edges with permuted labels (Sec. 5.3), and how well guards tell their rounds apart."""
+"""Fig. 8: edges with permuted labels (Sec. 5.3), and how well guards detect their rounds."""
 
 from __future__ import annotations
 

@@ -8,14 +8,14 @@ from ..method.variants import VARIANTS
 from .runs import Run
 
 Changes = dict[str, Any]
-"""Field of `Run` or of `Settings` -> its value, or a function: base settings -> value."""
+"""Field of `Run` or `Settings` -> its value, or a function of the base settings that returns it."""
 
 Plan = dict[str, list[Run]]
 """Name of a row -> its runs, one per seed."""
 
 
 def every_edge(base: Settings) -> int:
-    """Return the number of edges: one round asks all of them, or R rounds have one edge each."""
+    """Return the number of edges."""
     return base.num_edges
 
 

@@ -62,8 +62,8 @@ def render(page: str, results: Path) -> str:
     """Return the text of a page with new text between its markers.
 
     Raises:
-        ValueError: for a marker that is malformed or names what the results do not have, with the
-            number of its line.
+        ValueError: with the number of the line, for a malformed marker or for one that names a row
+            or a value that the results lack.
     """
     written: list[str] = []
     place = 0

@@ -55,7 +55,7 @@ def all_records(
             done, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            # The files of the records tell this process how far the others are.
+            # The files of the records show the progress of the other processes.
             written = sum(_num_records(name, folder) for name in by_key)
             for _ in range(reported, written):
                 on_round()
@@ -72,9 +72,10 @@ def all_records(
 def _num_records(name: str, folder: Path) -> int:
     """Count the records on disk of the run with this key; the first line is their header."""
     try:
-        return (folder / f"{name}.jsonl").read_bytes().count(b"\n") - 1
+        num_lines = (folder / f"{name}.jsonl").read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
+    return max(num_lines - 1, 0)
 
 
 def _begin(threads: int) -> None:

@@ -124,7 +124,7 @@ def row_name(method: str, split: str) -> str:
 
 
 def method_and_split(row: str) -> tuple[str, str]:
-    """Return what `row_name` made a name of."""
+    """Return the method and the split in the name of a row."""
     method, _, split = row.partition(SEPARATOR)
     return method, split
 

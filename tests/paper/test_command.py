@@ -83,7 +83,8 @@ def test_help_says_that_the_same_command_resumes(capsys):
 
 
 def test_a_figure_killed_on_the_way_is_the_same_in_the_end(command, tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     assert main(command("fig4", whole)) == 0
     writes = itertools.count()
 

@@ -120,7 +120,7 @@ def without_the_memory(tensors, header):
 
 
 def in_the_old_form(tensors, header):
-    """Call the ensembles of the memory what version 0.1.0 called them while it was developed."""
+    """Name the ensembles of the memory as an earlier form of the checkpoint did."""
     renamed = {f"memory-{n}" if n[0].isdigit() else n: tensor for n, tensor in tensors.items()}
     return renamed, header
 
