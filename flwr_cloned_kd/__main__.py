@@ -12,7 +12,8 @@ import torch
 from .apps.machine import capability, versions
 
 EXTRAS = {
-    "simulation": ("ray",),
+    "simulation": ("ray", "psutil"),
+    "launch": ("psutil",),
     "digits": ("sklearn",),
     "plots": ("matplotlib", "matplotlib_venn"),
     "datasets": ("flwr_datasets",),

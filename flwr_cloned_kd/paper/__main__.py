@@ -1,4 +1,4 @@
-"""Reproduce the paper's figures, and put its claims to the test."""
+"""Reproduce the paper's figures, and test its claims."""
 
 import argparse
 import json
@@ -16,20 +16,22 @@ from .. import __version__
 from ..apps.build import load
 from ..apps.settings import CHOICES, Settings
 from ..io.checkpoint import write_atomically
-from .cache import all_records, key, stored
-from .experiments import FIGURES, choose
+from .figures import FIGURES, choose, draw, full_table
+from .methods import Plan
+from .overview import draw_overview
 from .page import rewrite
-from .seeds import Plan, Results
+from .pool import all_records
 from .skew import SPLITS
-from .tables import table
+from .statistics import Results
+from .store import key, stored
 
 OVERVIEW = ("digits", "cifar100")
-"""The datasets whose `skew` is drawn for the README."""
+"""The datasets whose `skew` the README's picture shows."""
 
 NO_PICTURE = 'No picture: it needs matplotlib, pip install "flwr-cloned-kd[plots]"'
 EPILOG = """\
 Results go to OUT/FIGURE.json, .md (a table) and .png. Rounds are kept under OUT/runs by the hash of
-what determines them: the same command again goes on where it was interrupted; figures share runs.
+what determines them: the same command resumes where it was interrupted, and figures share runs.
 
   python -m flwr_cloned_kd.paper fig5 --seeds 5 --out results/paper
   python -m flwr_cloned_kd.paper all --dataset npz --data-path cifar100.npz --seeds 3
@@ -40,36 +42,21 @@ what determines them: the same command again goes on where it was interrupted; f
   python -m flwr_cloned_kd.paper page --results docs/results --page docs/results.md
 """
 SHORT = {"model": "resnet-8", "core_epochs": 12, "epochs": 4}
-"""--schedule short: what a CPU does of CIFAR-100 in hours; the paper's schedule takes it months."""
+"""--schedule short: a CPU needs hours for it on CIFAR-100, and months for the paper's schedule."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.figure == "page":
         return rewrite(options.page, options.results)
     if options.figure == "overview":
         return overview(options.results, options.out)
-    names = [name for name in FIGURES if options.figure in (name, "all")]
     try:
-        for name in ("seeds", "lesser_seeds", "jobs", "threads", "epochs", "core_epochs"):
-            number = getattr(options, name)
-            if number is not None and number < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option}: expected at least 1, got {number}")
+        check_numbers(options)
         base = base_settings(options)
-        if names:
-            load(base)  # before hours of work, does the data exist?
-        lesser = min(options.lesser_seeds, options.seeds)
-        plans = {
-            name: choose(
-                name, FIGURES[name].plan(base, options.seeds, lesser), options.rows, options.splits
-            )
-            for name in names
-        }
-        if options.stored:
-            folder = options.out / "runs"
-            plans = {name: finished(name, plan, folder) for name, plan in plans.items()}
+        load(base)  # Report missing data before hours of work.
+        plans = make_plans(base, options)
     except (ValueError, OSError, ImportError) as error:
         print(str(error).replace("run-config ", "--"), file=sys.stderr)
         return 2
@@ -79,22 +66,46 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raise a ValueError for a number below 1."""
+    for name in ("seeds", "lesser_seeds", "jobs", "threads", "epochs", "core_epochs"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: expected at least 1, got {number}")
+
+
+def make_plans(base: Settings, options: argparse.Namespace) -> dict[str, Plan]:
+    """Plan the runs of every figure that the options name."""
+    lesser = min(options.lesser_seeds, options.seeds)
+    plans = {
+        name: choose(name, figure.plan(base, options.seeds, lesser), options.rows, options.splits)
+        for name, figure in FIGURES.items()
+        if options.figure in (name, "all")
+    }
+    if options.stored:
+        folder = options.out / "runs"
+        return {name: finished(name, plan, folder) for name, plan in plans.items()}
+    return plans
+
+
 def base_settings(options: argparse.Namespace) -> Settings:
     """Make the settings that all runs share: the digits demo's, or the paper's on CIFAR-100."""
-    digits, short = options.dataset == "digits", options.schedule == "short"
+    digits = options.dataset == "digits"
+    short = options.schedule == "short"
     if digits and short:
         raise ValueError("--schedule short: expected another dataset than digits, which are quick")
-    usual: dict[str, Any] = SHORT if short else {"model": "resnet-32", "epochs": 164}
+    defaults: dict[str, Any] = SHORT if short else {"model": "resnet-32", "epochs": 164}
     if digits:
-        usual = {"model": "digits-cnn", "epochs": 30, "core_epochs": 12}
-    epochs = options.epochs or usual["epochs"]
+        defaults = {"model": "digits-cnn", "epochs": 30, "core_epochs": 12}
+    epochs = options.epochs or defaults["epochs"]
     return Settings(
         dataset=options.dataset,
         data_path=options.data_path,
-        model=options.model or usual["model"],
+        model=options.model or defaults["model"],
         augment="none" if digits else "crop-and-flip",
         num_edges=options.num_edges,
-        core_epochs=options.core_epochs or usual.get("core_epochs", epochs),
+        core_epochs=options.core_epochs or defaults.get("core_epochs", epochs),
         edge_epochs=epochs,
         distill_epochs=epochs,
         device=options.device,
@@ -106,10 +117,10 @@ def base_settings(options: argparse.Namespace) -> Settings:
 
 
 def finished(name: str, plan: Plan, folder: Path) -> Plan:
-    """Keep the runs of a figure whose records are all on disk, and the rows that have any.
+    """Keep the runs of a figure whose records are all on disk, and the rows with such runs.
 
     Raises:
-        ValueError: if there is no such run, or one is missing of a figure that needs every row.
+        ValueError: if there is no such run, or if a run is missing in a figure that needs all rows.
     """
     kept = {
         row: [run for run in runs if len(stored(run, folder)) == 1 + run.num_rounds]
@@ -127,22 +138,27 @@ def play_all(name: str, plan: Plan, options: argparse.Namespace) -> Results:
     runs = {key(run): run for rows in plan.values() for run in rows}
     total = sum(1 + run.num_rounds for run in runs.values())
     done = sum(len(stored(run, folder)) for run in runs.values())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TextColumn("rounds"), TimeElapsedColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rounds"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=total, completed=done)
-        found = all_records(
+        by_key = all_records(
             [*runs.values()],
             folder,
             jobs=options.jobs,
             threads=options.threads,
             on_round=lambda: bar.advance(task),
         )
-    return {label: [found[key(run)] for run in rows] for label, rows in plan.items()}
+    return {label: [by_key[key(run)] for run in rows] for label, rows in plan.items()}
 
 
 def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) -> None:
-    """Write FIGURE.json and FIGURE.md, and FIGURE.png where there is matplotlib."""
+    """Write FIGURE.json and FIGURE.md, and FIGURE.png if Matplotlib is installed."""
     figure = FIGURES[name]
     data: dict[str, Any] = {
         "figure": name,
@@ -156,13 +172,11 @@ def write(name: str, base: Settings, plan: Plan, results: Results, out: Path) ->
     }
     path = out / f"{name}.json"
     write_atomically(path, json.dumps(data, indent=1) + "\n")
-    write_atomically(path.with_suffix(".md"), table(data))
+    write_atomically(path.with_suffix(".md"), full_table(data))
     try:
-        from .figures import draw
+        draw(data, path.with_suffix(".png"))
     except ImportError:
         print(NO_PICTURE)
-    else:
-        draw(data, path.with_suffix(".png"))
     print(f"{name}: {path}")
 
 
@@ -173,55 +187,69 @@ def played_on(results: Results) -> dict[str, int]:
 
 
 def overview(results: Path, out: Path) -> int:
-    """Draw OUT/overview.png from RESULTS/DATASET/skew.json of two datasets."""
+    """Draw OUT/overview.png from RESULTS/DATASET/skew.json; returns the exit status."""
+    paths = {name: results / name / "skew.json" for name in OVERVIEW}
+    picture = out / "overview.png"
     try:
-        from .overview import draw_overview
-
-        paths = {name: results / name / "skew.json" for name in OVERVIEW}
-        found = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        data = {name: json.loads(path.read_text()) for name, path in paths.items()}
+        out.mkdir(parents=True, exist_ok=True)
+        draw_overview(data, picture)
     except FileNotFoundError as error:
-        lacking = f"expected {error.filename}; run skew --out {Path(error.filename).parent} first"
-        print(f"overview: {lacking}", file=sys.stderr)
+        missing = f"expected {error.filename}; run skew --out {Path(error.filename).parent} first"
+        print(f"overview: {missing}", file=sys.stderr)
+        return 2
+    except KeyError as error:
+        missing = f"expected the row {error} too; run its figure without --rows"
+        print(f"overview: {missing}", file=sys.stderr)
         return 2
     except ImportError:
         print(NO_PICTURE)
-        return 0
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        draw_overview(found, out / "overview.png")
-    except KeyError as error:
-        lacking = f"expected the row {error} too; run its figure without --rows"
-        print(f"overview: {lacking}", file=sys.stderr)
-        return 2
-    print(f"overview: {out / 'overview.png'}")
+    else:
+        print(f"overview: {picture}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    command = argparse.ArgumentParser(
         prog="python -m flwr_cloned_kd.paper",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add = command.add_argument
     add(
         "figure",
         choices=[*FIGURES, "all", "overview", "page"],
-        help="which experiment; or the README's picture, or the numbers of a page",
+        help="the experiment; or the README's picture, or the numbers of a page",
     )
     add("--dataset", choices=["digits", "cifar100", "npz"], default="digits")
     add("--data-path", default="", help="folder of cifar100, or the archive of npz")
-    add("--schedule", choices=["full", "short"], default="full",
-        help="short: ResNet-8, 12 epochs in Phase 0 and 4 after (default: full)")  # fmt: skip
-    add("--rows", nargs="+", default=[], metavar="ROW",
-        help="only these rows of a figure, by their names in its JSON")  # fmt: skip
-    add("--splits", nargs="+", default=[], choices=[*SPLITS], metavar="SPLIT",
-        help=f"of skew, only these: {', '.join(SPLITS)}")  # fmt: skip
+    add(
+        "--schedule",
+        choices=["full", "short"],
+        default="full",
+        help="short: ResNet-8, 12 epochs in Phase 0 and 4 after (default: full)",
+    )
+    add(
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="only these rows of a figure, by their names in its JSON",
+    )
+    add(
+        "--splits",
+        nargs="+",
+        default=[],
+        choices=[*SPLITS],
+        metavar="SPLIT",
+        help=f"only these splits of skew: {', '.join(SPLITS)}",
+    )
     add("--stored", action="store_true", help="play nothing: sum up the runs that are finished")
-    add("--seeds", type=int, default=5, help="0, 1, ... (default: 5)")
-    add("--lesser-seeds", type=int, default=3, help="of lesser controls (default: 3)")
+    add("--seeds", type=int, default=5, help="number of seeds: 0, 1, ... (default: 5)")
+    add("--lesser-seeds", type=int, default=3, help="number of seeds of lesser rows (default: 3)")
     add("--epochs", type=int, help="of Phases 1 and 2 (digits: 30, full: 164, short: 4)")
     add("--core-epochs", type=int, help="of Phase 0 (digits, short: 12, full: --epochs)")
     add("--num-edges", type=int, default=9, help="(default: 9)")
@@ -236,23 +264,28 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("docs/results"),
         metavar="FOLDER",
-        help="of overview and page: DATASET/FIGURE.json are there (default: ./docs/results)",
+        help="overview and page: holds DATASET/FIGURE.json (default: ./docs/results)",
     )
     add(
         "--page",
         type=Path,
         default=Path("docs/results.md"),
         metavar="FILE",
-        help="of page: whose numbers are rewritten (default: ./docs/results.md)",
+        help="page: the file with the numbers to rewrite (default: ./docs/results.md)",
     )
-    add("--jobs", type=int, default=1, help="runs side by side (default: 1)")
-    add("--threads", type=int, default=1, help="of PyTorch in each; more round differently")
-    return parser
+    add("--jobs", type=int, default=1, help="number of runs side by side (default: 1)")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        help="of PyTorch in each run; more threads round differently",
+    )
+    return command
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("\nInterrupted: the same command goes on from the last round", file=sys.stderr)
+        print("\nInterrupted: the same command resumes after the last round", file=sys.stderr)
         sys.exit(130)

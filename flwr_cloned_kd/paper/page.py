@@ -1,7 +1,7 @@
 """Keep the numbers of a page equal to the committed JSON files that they come from.
 
-The text between two comments of the page is written from RESULTS/DATASET/FIGURE.json; all other
-text is the author's. A table has lines of its own, a number stands inside a line:
+This module writes the text between two comments of the page from RESULTS/DATASET/FIGURE.json, and
+leaves all other text as it is. A table has lines of its own, a number stands inside a line:
 
     <!-- table: digits/skew part=final rows="ours; CEM, paper" columns="IID; Dirichlet 0.3" -->
     <!-- end -->
@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from ..io.checkpoint import write_atomically
-from .seeds import spread
-from .tables import Data, bare, expect
+from .figures import table_part
+from .statistics import Summary, spread
+from .tables import expect
 
 START = re.compile(r"<!--\s*(table|number):\s*(.*?)\s*-->", re.DOTALL)
 END = "<!-- end -->"
 BEFORE_TEXT = re.compile(r"\s*([-*+>]\s+|\d+[.)]\s+)*")
-"""What may precede the first word of a line: an indent, the sign of a list or of a quotation."""
+"""What may stand before the first word of a line: an indent, the sign of a list or a quotation."""
 
 SCALES = {
     "MB": (1e-6, ".2f", " MB"),
@@ -58,12 +59,14 @@ def rewrite(page: Path, results: Path) -> int:
 
 
 def render(page: str, results: Path) -> str:
-    """Return the text of a page with what stands between its markers written anew.
+    """Return the text of a page with new text between its markers.
 
     Raises:
-        ValueError: for a marker that cannot be followed, with the number of its line.
+        ValueError: with the number of the line, for a malformed marker or for one that names a row
+            or a value that the results lack.
     """
-    written, place = list[str](), 0
+    written: list[str] = []
+    place = 0
     while start := START.search(page, place):
         line = 1 + page.count("\n", 0, start.start())
         following = START.search(page, start.end())
@@ -99,8 +102,13 @@ def _table(words: list[str], results: Path) -> str:
     options = dict(pair.partition("=")[::2] for pair in pairs)
     if not name or not options.keys() <= {"part", "rows", "columns"}:
         raise ValueError(f"expected <!-- {TABLE_FORM} -->")
-    rows, columns = (_names(options.get(option, "")) for option in ("rows", "columns"))
-    return f"\n\n{bare(_read(results, name), options.get('part', ''), rows, columns)}\n"
+    table = table_part(
+        _read(results, name),
+        options.get("part", ""),
+        rows=_names(options.get("rows", "")),
+        columns=_names(options.get("columns", "")),
+    )
+    return f"\n\n{table}\n"
 
 
 def _names(text: str) -> list[str]:
@@ -111,57 +119,65 @@ def _number(words: list[str], results: Path) -> str:
     match words:
         case [name, row, "-", other, path, *form] if len(form) <= 1:
             result = _read(results, name)["result"]
-            found = _difference(_pick(result, row, path), _pick(result, other, path))
-            return _written(found, *form, sign="+")
+            difference = _difference(_pick(result, row, path), _pick(result, other, path))
+            return _format(difference, *form, sign="+")
         case [name, row, path, *form] if len(form) <= 1:
-            return _written(_pick(_read(results, name)["result"], row, path), *form)
+            return _format(_pick(_read(results, name)["result"], row, path), *form)
     raise ValueError(f"expected <!-- {NUMBER_FORM} -->")
 
 
-def _written(found: Any, form: str = ".3f", *, sign: str = "") -> str:
-    """Write a number or a spread; with a sign it is a difference."""
-    scale, how, unit = SCALES.get(form, (1, form, ""))
-    if not isinstance(found, dict):
-        return f"{found * scale:{sign}{how}}{unit}"
-    text = f"{found['mean'] * scale:{sign}{how}}"
-    if found["n"] > 1:
-        text += f" ± {found['sd'] * scale:{how}}"
+def _format(value: Any, form: str = ".3f", *, sign: str = "") -> str:
+    """Write a number or a spread.
+
+    Args:
+        value: a number, or a spread as `statistics.spread` returns it.
+        form: a name in `SCALES`, or a format of Python.
+        sign: "+" if the value is a difference: its sign is always written, and for a spread the
+            number of seeds with a positive difference.
+    """
+    scale, python_form, unit = SCALES.get(form, (1, form, ""))
+    if not isinstance(value, dict):
+        return f"{value * scale:{sign}{python_form}}{unit}"
+    text = f"{value['mean'] * scale:{sign}{python_form}}"
+    if value["n"] > 1:
+        text += f" ± {value['sd'] * scale:{python_form}}"
     text += unit
     if sign:
-        text += f", up in {sum(value > 0 for value in found['values'])} of {found['n']}"
+        text += f", up in {sum(one > 0 for one in value['values'])} of {value['n']}"
     return text
 
 
-def _pick(result: Data, row: str, path: str) -> Any:
-    """Return a number, or a spread as `seeds.spread` makes it, from one row of a result."""
+def _pick(result: Summary, row: str, path: str) -> Any:
+    """Return a number, or a spread as `statistics.spread` returns it, from one row of a result."""
     expect("row", row, result)
-    found: Any = result[row]
+    value: Any = result[row]
     for step in path.split("."):
-        if isinstance(found, list):  # from the front or, with a minus, from the back
-            places = [*range(len(found)), *range(-len(found), 0)]
-            found = {str(place): found[place] for place in places}
-        steps = found if isinstance(found, dict) else {}
+        if isinstance(value, list):  # a place counts from the front or, if negative, from the back
+            places = [*range(len(value)), *range(-len(value), 0)]
+            value = {str(place): value[place] for place in places}
+        steps = value if isinstance(value, dict) else {}
         expect(f"value {path!r}, step", step, steps)
-        found = steps[step]
-    if not isinstance(found, int | float) and not (isinstance(found, dict) and "values" in found):
+        value = steps[step]
+    if not isinstance(value, int | float) and not (isinstance(value, dict) and "values" in value):
         raise ValueError(f"value {path!r}: expected the path to a number or to a spread")
-    return found
+    return value
 
 
-def _difference(one: Any, other: Any) -> Any:
-    """Subtract numbers, or spreads seed by seed; both have the seeds 0, 1, ..., one maybe more."""
-    if isinstance(one, dict):
-        return spread([a - b for a, b in zip(one["values"], other["values"])])
-    return one - other
+def _difference(minuend: Any, subtrahend: Any) -> Any:
+    """Subtract two numbers, or two spreads seed by seed, as far as both have the seeds 0, 1, ..."""
+    if isinstance(minuend, dict):
+        pairs = zip(minuend["values"], subtrahend["values"])
+        return spread([a - b for a, b in pairs])
+    return minuend - subtrahend
 
 
-def _read(results: Path, name: str) -> Data:
+def _read(results: Path, name: str) -> Summary:
     path = results / f"{name}.json"
     if not path.is_file():
-        there = sorted(str(found.relative_to(results))[:-5] for found in results.glob("*/*.json"))
-        raise ValueError(f"expected the file {path}; there is {', '.join(there) or 'none'}")
+        names = sorted(str(file.relative_to(results))[:-5] for file in results.glob("*/*.json"))
+        raise ValueError(f"expected the file {path}; there is {', '.join(names) or 'none'}")
     try:
-        data: Data = json.loads(path.read_text(encoding="utf-8"))
+        data: Summary = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, found {error}") from error
     return data

@@ -1,131 +1,287 @@
 """Even and skewed edges: every method on the same splits, at equal bytes."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..apps.settings import Settings
-from .controls import (
+from ..asynchronous.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from .methods import (
     AVERAGE,
-    CEM,
-    CPP,
     FEDAVG,
     FEDAVG_2,
     FEDDF,
     FEDPROX,
-    PRACTICAL,
+    METHODS,
+    OURS,
     UNSELECTIVE,
-)
-from .seeds import (
+    Changes,
     Plan,
-    Results,
-    Summary,
-    core_accuracy,
-    cost,
-    curve,
     over_seeds,
-    spread,
 )
+from .rounds import Record
+from .statistics import Results, Summary, core_accuracy, cost, curve, spread
+from .style import blank_figure, dots
+from .tables import COST_HEADINGS, NONE, SEEDS, Table, cost_cells, spread_cell
 
-SPLITS: dict[str, dict[str, Any]] = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SPLITS: dict[str, Changes] = {
     "IID": {"split": "random"},
     "Dirichlet 0.3": {"split": "dirichlet", "dirichlet_alpha": 0.3},
     "Dirichlet 0.1": {"split": "dirichlet", "dirichlet_alpha": 0.1},
     "one class": {"split": "one-class"},
 }
-"""How labels are spread over the edges, the most even first. The core's part is always even."""
+"""How labels are spread over the edges, the most even split first. The core's part is even."""
 
-ONE_CLONE: dict[str, Any] = {"variant": "CPM"}
-SHIFTED: dict[str, Any] = {"distill_augment": "shift"}
+
+class Method(NamedTuple):
+    """One method, which has a row on every split.
+
+    Args:
+        changes: of the base settings.
+        after: number of rounds after which the core is measured; None is after the last round.
+        main: True gives the method all seeds, False the lesser number of seeds.
+    """
+
+    changes: Changes
+    after: int | None = None
+    main: bool = True
+
+
+PRACTICAL = METHODS[OURS]
+ONE_CLONE: Changes = {"variant": "CPM"}
+NO_TEACHERS: Changes = {"kd_weight": 0.0}
+SHIFTED: Changes = {"distill_augment": "shift"}
 """Phase 2 sees the core's images moved by at most a pixel, the other phases see them unmoved."""
-FINE_TUNED: dict[str, Any] = {
-    **UNSELECTIVE,
-    "distillation": {"student_start": 0.6},
-    "kd_weight": 0.0,
-}
+FINE_TUNED: Changes = {**UNSELECTIVE, **NO_TEACHERS, "distillation": {"student_start": 0.6}}
 """FedAsync with alpha 0.6, then Phase 2 on the core data without any teacher."""
 
-METHODS: dict[str, tuple[dict[str, Any], int | None]] = {
-    "first core": (CPP, 0),
-    "ours": (PRACTICAL, None),
-    "ours, 1 clone": ({**PRACTICAL, **ONE_CLONE}, None),
-    "ours without teachers": ({**PRACTICAL, "kd_weight": 0.0}, None),
-    "ours without teachers, 1 clone": ({**PRACTICAL, **ONE_CLONE, "kd_weight": 0.0}, None),
-    "ours, shifted views": ({**PRACTICAL, **SHIFTED}, None),
-    "ours without teachers, shifted views": ({**PRACTICAL, **SHIFTED, "kd_weight": 0.0}, None),
-    "unselective": (UNSELECTIVE, None),
-    "unselective, 1 clone": ({**UNSELECTIVE, **ONE_CLONE}, None),
-    "CEM, paper": (CEM, None),
-    "CPP, paper": (CPP, None),
-    "keep the clone": (AVERAGE, None),
-    "keep the mean of 3 clones": ({**AVERAGE, "variant": "CEM"}, None),
-    "FedAsync": ({**AVERAGE, "mix": 0.6}, None),
-    "FedAsync, fine-tuned": ({**FINE_TUNED, **ONE_CLONE}, None),
-    "FedAsync, fine-tuned, 3 clones": (FINE_TUNED, None),
-    "FedAvg, 1 round": (FEDAVG_2, 1),
-    "FedAvg, 2 rounds": (FEDAVG_2, None),
-    "FedAvg, R rounds": (FEDAVG, None),
-    "FedProx, 1 round": (FEDAVG_2 | FEDPROX, 1),
-    "FedProx, 2 rounds": (FEDAVG_2 | FEDPROX, None),
-    "FedProx, R rounds": (FEDAVG | FEDPROX, None),
-    "FedDF, 1 round": (FEDDF, 1),
-    "FedDF, 2 rounds": (FEDDF, None),
+
+def ours_but(**fields: Any) -> Method:
+    """Make our preset with some fields of its `Distillation` changed."""
+    return Method({**PRACTICAL, "distillation": fields}, main=False)
+
+
+ROWS: dict[str, Method] = {
+    "first core": Method(METHODS["CPP"], 0),
+    "ours": Method(PRACTICAL),
+    "ours, 1 clone": Method({**PRACTICAL, **ONE_CLONE}),
+    "ours without teachers": Method({**PRACTICAL, **NO_TEACHERS}),
+    "ours without teachers, 1 clone": Method({**PRACTICAL, **ONE_CLONE, **NO_TEACHERS}),
+    "ours, shifted views": Method({**PRACTICAL, **SHIFTED}),
+    "ours without teachers, shifted views": Method({**PRACTICAL, **SHIFTED, **NO_TEACHERS}),
+    "unselective": Method(UNSELECTIVE),
+    "unselective, 1 clone": Method({**UNSELECTIVE, **ONE_CLONE}),
+    "CEM, paper": Method(METHODS["CEM"]),
+    "CPP, paper": Method(METHODS["CPP"]),
+    "keep the clone": Method(AVERAGE),
+    "keep the mean of 3 clones": Method({**AVERAGE, "variant": "CEM"}),
+    "FedAsync": Method({**AVERAGE, "mix": 0.6}),
+    "FedAsync, fine-tuned": Method({**FINE_TUNED, **ONE_CLONE}),
+    "FedAsync, fine-tuned, 3 clones": Method(FINE_TUNED),
+    "FedAvg, 1 round": Method(FEDAVG_2, 1),
+    "FedAvg, 2 rounds": Method(FEDAVG_2),
+    "FedAvg, R rounds": Method(FEDAVG),
+    "FedProx, 1 round": Method(FEDAVG_2 | FEDPROX, 1),
+    "FedProx, 2 rounds": Method(FEDAVG_2 | FEDPROX),
+    "FedProx, R rounds": Method(FEDAVG | FEDPROX),
+    "FedDF, 1 round": Method(FEDDF, 1),
+    "FedDF, 2 rounds": Method(FEDDF),
+    "ours, every sample": ours_but(selection="all"),
+    "ours, by the label's probability": ours_but(selection="label-probability"),
+    "ours, start at the core": ours_but(student_start=0.0),
+    "ours, start at the clones' mean": ours_but(student_start=1.0),
+    "ours, start by the ensemble's share": ours_but(student_start="ensemble-share"),
+    "ours, the core does not teach": ours_but(core_as_teacher=False),
+    "ours, temperature 4": ours_but(temperature=4.0),
 }
-"""Row -> what differs from the base settings, and after how many rounds the core is read."""
+"""Name of a method -> the method, which has a row on every split."""
+
+FIRST_CORE = "first core"
+"""The row before any edge: far below all others, it is a number above the panel."""
+
+SEPARATOR = " | "
 
 
-def _ours_but(**fields: Any) -> tuple[dict[str, Any], int | None]:
-    return {**PRACTICAL, "distillation": fields}, None
+def row_name(method: str, split: str) -> str:
+    """Return the name of a row in the JSON file."""
+    return f"{method}{SEPARATOR}{split}"
 
 
-ABLATIONS: dict[str, tuple[dict[str, Any], int | None]] = {
-    "ours, every sample": _ours_but(selection="all"),
-    "ours, by the label's probability": _ours_but(selection="label-probability"),
-    "ours, start at the core": _ours_but(student_start=0.0),
-    "ours, start at the clones' mean": _ours_but(student_start=1.0),
-    "ours, start by the ensemble's share": _ours_but(student_start="ensemble-share"),
-    "ours, the core does not teach": _ours_but(core_as_teacher=False),
-    "ours, temperature 4": _ours_but(temperature=4.0),
-}
-"""Our preset with one thing changed; played with the lesser number of seeds."""
-
-BETWEEN = " | "
+def method_and_split(row: str) -> tuple[str, str]:
+    """Return the method and the split in the name of a row."""
+    method, _, split = row.partition(SEPARATOR)
+    return method, split
 
 
-def plan_skew(base: Settings, seeds: int, lesser: int) -> Plan:
-    """Every method on every split, on the same seeds; what our preset is made of on fewer."""
+def plan(base: Settings, seeds: int, lesser: int) -> Plan:
+    """Plan every method on every split, with the same seeds."""
     return {
-        f"{method}{BETWEEN}{split}": over_seeds(
-            base,
-            lesser if method in ABLATIONS else seeds,
-            **{
-                name: value(base) if callable(value) else value
-                for name, value in (changes | skew).items()
-            },
+        row_name(name, split): over_seeds(
+            base, seeds if method.main else lesser, method.changes | skew
         )
         for split, skew in SPLITS.items()
-        for method, (changes, _) in (METHODS | ABLATIONS).items()
+        for name, method in ROWS.items()
     }
 
 
-def reduce_skew(results: Results) -> Summary:
-    """One entry a method and split: the last core, the mean over rounds, and the worst round."""
-    found: Summary = {}
-    for name, runs in results.items():
-        method, split = name.split(BETWEEN)
-        after = (METHODS | ABLATIONS)[method][1]
-        stop = len(runs[0]) if after is None else 1 + after
-        cores = [[core_accuracy(record) for record in records[:stop]] for records in runs]
-        found[name] = {
-            "method": method,
-            "split": split,
-            "final": spread([core[-1] for core in cores]),
-            "mean of rounds": spread([fmean(core[1:] or core) for core in cores]),
-            "worst drop": max(
-                (before - later for core in cores for before, later in pairwise(core)),
-                default=0.0,
-            ),
-            "core": curve([records[:stop] for records in runs], core_accuracy),
-            **cost(runs[0][:stop]),
-        }
-    return found
+def reduce(results: Results) -> Summary:
+    """Sum up the last core, the mean over the rounds, and the worst round of every row."""
+    return {row: _reduce_row(*method_and_split(row), runs) for row, runs in results.items()}
+
+
+def _reduce_row(method: str, split: str, runs: list[list[Record]]) -> Summary:
+    limit = ROWS[method].after
+    after = len(runs[0]) - 1 if limit is None else limit
+    runs = [records[: 1 + after] for records in runs]
+    cores = [[core_accuracy(record) for record in records] for records in runs]
+    falls = [before - later for core in cores for before, later in pairwise(core)]
+    return {
+        "method": method,
+        "split": split,
+        "final": spread([core[-1] for core in cores]),
+        "mean of rounds": spread([fmean(core[1:] or core) for core in cores]),
+        "worst drop": max(falls, default=0.0),
+        "core": curve(runs, core_accuracy),
+        **cost(runs[0]),
+    }
+
+
+def _methods(result: Summary) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in result.values()))
+
+
+def _splits(result: Summary) -> list[str]:
+    return list(dict.fromkeys(row["split"] for row in result.values()))
+
+
+def _fall_cell(row: Summary) -> str:
+    return f"{row['worst drop']:.3f}" if row["worst drop"] > 0 else "none"
+
+
+def _by_split(heading: str, cell: Callable[[Summary], str], *, with_cost: bool = False) -> Table:
+    """Make a table with a row for each method, and a column for each split."""
+
+    def table(result: Summary) -> tuple[list[str], list[list[str]]]:
+        splits = _splits(result)
+        counts = {row["final"]["n"] for row in result.values()}
+        # One number of seeds for all rows belongs in the heading, several numbers have a column.
+        several = len(counts) > 1
+        first = heading if several else f"{heading}, {_plural(*counts)}"
+        lines = []
+        for method in _methods(result):
+            rows = [result.get(row_name(method, split)) for split in splits]
+            line = [method, *(NONE if row is None else cell(row) for row in rows)]
+            if several:
+                line.append(_counts_cell(rows))
+            if with_cost:
+                line += cost_cells(next(row for row in rows if row is not None))
+            lines.append(line)
+        headings = [first, *splits]
+        if several:
+            headings.append(SEEDS)
+        if with_cost:
+            headings += COST_HEADINGS
+        return headings, lines
+
+    return table
+
+
+def _plural(count: int) -> str:
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def _counts_cell(rows: list[Summary | None]) -> str:
+    """Write one number of seeds, or one number for each split where they differ."""
+    counts = [NONE if row is None else str(row["final"]["n"]) for row in rows]
+    return ", ".join(counts) if len({*counts} - {NONE}) > 1 else max(counts)
+
+
+TABLES: dict[str, Table] = {
+    "final": _by_split("last core", lambda row: spread_cell(row["final"]), with_cost=True),
+    "rounds": _by_split("mean over rounds", lambda row: spread_cell(row["mean of rounds"])),
+    "falls": _by_split("largest fall in a round", _fall_cell),
+}
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "ours without teachers": {"color": SKY, "marker": "*", "markersize": 8},
+    "ours": {"color": BLUE, "marker": "*", "markersize": 8},
+    "unselective": {"color": ORANGE, "marker": "s", "markersize": 5},
+    "CEM": {"color": VERMILION, "marker": "o", "markersize": 5},
+    "CPP": {"color": VERMILION, "marker": "o", "markersize": 5},
+    "keep": {"color": PURPLE, "marker": "^", "markersize": 6},
+    "FedAsync": {"color": GREEN, "marker": "X", "markersize": 6},
+    "FedAvg": {"color": BLACK, "marker": "D", "markersize": 5},
+    "FedProx": {"color": "0.45", "marker": "d", "markersize": 6},
+    "FedDF": {"color": "0.45", "marker": "v", "markersize": 6},
+}
+"""Start of a method's name -> colour and marker of its family; the first that fits counts."""
+
+OTHER_LOOK: dict[str, Any] = {"color": BLACK, "marker": "o", "markersize": 5}
+
+
+def look_of(method: str) -> dict[str, Any]:
+    """Return the colour and the marker of a method; the method `ours` has a larger marker."""
+    look = next((look for start, look in LOOKS.items() if method.startswith(start)), OTHER_LOOK)
+    return look | ({"markersize": 13} if method == "ours" else {})
+
+
+def draw(result: Summary) -> Figure:
+    """Draw a panel for each split: every method as a row, with its bytes at the right."""
+    splits = _splits(result)
+    methods = [method for method in _methods(result) if method != FIRST_CORE]
+    figure = blank_figure(1.3 + 0.25 * len(methods), 3.5 + 2.3 * len(splits))
+    panels = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
+    for axes, split in zip(panels, splits):
+        _draw_split(axes, result, split, methods)
+    panels[0].set_yticks(range(len(methods)), methods, fontsize=9)
+    panels[0].set_ylim(len(methods) - 0.4, -0.6)  # The first method is at the top.
+    for label in panels[0].get_yticklabels():
+        if label.get_text() == "ours":
+            label.set(color=BLUE, fontweight="bold")
+    for y, method in enumerate(methods):
+        cost_bytes = next(row["bytes"] for row in result.values() if row["method"] == method)
+        _write_beside(panels[-1], y, f"{cost_bytes / 1e6:5.2f} MB")
+    return figure
+
+
+def _draw_split(axes: Axes, result: Summary, split: str, methods: list[str]) -> None:
+    for y, method in enumerate(methods):
+        row = result.get(row_name(method, split))
+        if row is not None:
+            dots(axes, y, row["final"], **look_of(method), zorder=3)
+    _separate_families(axes, methods)
+    ours = result.get(row_name("ours", split))
+    if ours is not None:
+        mean = ours["final"]["mean"]
+        axes.axvline(mean, color=BLUE, alpha=0.5, linewidth=0.9, linestyle="--", zorder=1)
+    first = result.get(row_name(FIRST_CORE, split))
+    second_line = f"\nfirst core: {first['final']['mean']:.3f}" if first else ""
+    axes.set_title(f"{split}{second_line}", fontsize=10)
+    axes.set_xlabel("last core accuracy; dots: seeds", fontsize=9)
+    axes.grid(alpha=0.3, axis="x")
+    axes.tick_params(axis="x", labelsize=8)
+
+
+def _separate_families(axes: Axes, methods: list[str]) -> None:
+    """Shade the row of `ours`, and draw a line between two families of methods."""
+    for y, method in enumerate(methods):
+        if method == "ours":
+            axes.axhspan(y - 0.5, y + 0.5, color=BLUE, alpha=0.1, linewidth=0)
+        look = look_of(method)
+        above = look_of(methods[y - 1])
+        if y and (look["color"], look["marker"]) != (above["color"], above["marker"]):
+            axes.axhline(y - 0.5, color="0.85", linewidth=0.8, zorder=0)
+
+
+def _write_beside(axes: Axes, y: float, text: str) -> None:
+    """Write a text at the right of a panel, next to one of its rows."""
+    right = axes.get_yaxis_transform()
+    axes.text(1.03, y, text, transform=right, fontsize=8, va="center", family="monospace")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from flwr_cloned_kd.paper.__main__ import main
+from flwr_cloned_kd.paper.figures import FIGURES, full_table, table_part
 from flwr_cloned_kd.paper.page import render
-from flwr_cloned_kd.paper.seeds import spread
-from flwr_cloned_kd.paper.tables import TABLES, bare, table
+from flwr_cloned_kd.paper.statistics import spread
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -17,8 +17,8 @@ DOCS = ROOT / "docs"
 @pytest.mark.parametrize("path", [DOCS / "results.md", ROOT / "README.md"], ids=str)
 def test_a_page_holds_the_numbers_of_the_committed_json(path):
     page = path.read_text()
-    found = render(page, DOCS / "results")
-    assert found == page, f"run `python -m flwr_cloned_kd.paper page --page {path.name}`"
+    written = render(page, DOCS / "results")
+    assert written == page, f"run `python -m flwr_cloned_kd.paper page --page {path.name}`"
 
 
 def entry(method, split, values, drop=0.0):
@@ -60,12 +60,12 @@ def results(tmp_path):
 
 
 def number(results, words):
-    before, after = "It is ", "<!-- end -->."
-    marker = f"<!-- number: {words} -->"
-    found = render(f"{before}{marker}stale{after}", results)
-    assert found.startswith(before + marker)
-    assert found.endswith(after)
-    return found[len(before + marker) : -len(after)]
+    before = f"It is <!-- number: {words} -->"
+    after = "<!-- end -->."
+    page = render(f"{before}stale{after}", results)
+    assert page.startswith(before)
+    assert page.endswith(after)
+    return page.removeprefix(before).removesuffix(after)
 
 
 def test_only_what_stands_between_the_markers_changes(results):
@@ -77,8 +77,8 @@ def test_only_what_stands_between_the_markers_changes(results):
 
 
 def test_rows_come_in_the_order_of_the_marker_and_columns_in_that_of_the_table():
-    found = bare(DATA, rows=["CEM, paper", "ours"], columns=["MB", "IID"])
-    assert found.splitlines() == [
+    lines = table_part(DATA, rows=["CEM, paper", "ours"], columns=["MB", "IID"]).splitlines()
+    assert lines == [
         "| last core, 2 seeds | IID | MB |",
         "| --- | --- | --- |",
         "| CEM, paper | 0.700 ± 0.000 | 2.78 |",
@@ -87,24 +87,24 @@ def test_rows_come_in_the_order_of_the_marker_and_columns_in_that_of_the_table()
 
 
 def test_rows_of_different_seeds_say_how_many_each_has():
-    found = bare(DATA, "rounds").splitlines()
-    assert found[0] == "| mean over rounds | IID | one class | seeds |"
-    assert found[2] == "| ours | 0.425 ± 0.035 | 0.325 ± 0.035 | 2 |"
-    assert found[-1] == "| start at the clones' mean | 0.250 | - | 1 |"
+    lines = table_part(DATA, "rounds").splitlines()
+    assert lines[0] == "| mean over rounds | IID | one class | seeds |"
+    assert lines[2] == "| ours | 0.425 ± 0.035 | 0.325 ± 0.035 | 2 |"
+    assert lines[-1] == "| start at the clones' mean | 0.250 | - | 1 |"
 
 
 def test_splits_of_different_seeds_say_so_one_by_one():
     more = {"ours | IID": entry("ours", "IID", [0.9, 0.8, 0.7])}
     data = DATA | {"result": DATA["result"] | more}
-    assert bare(data, rows=["ours"]).splitlines()[2].split(" | ")[3] == "3, 2"
-    assert "seeds |" not in bare(data, rows=["ours"], columns=["one class"]).splitlines()[2]
+    assert table_part(data, rows=["ours"]).splitlines()[2].split(" | ")[3] == "3, 2"
+    assert "seeds |" not in table_part(data, rows=["ours"], columns=["one class"]).splitlines()[2]
 
 
 def test_a_table_with_a_title_has_every_part():
-    found = table(DATA)
-    assert found.startswith("Even and skewed edges: digits, digits-cnn, mean ± sample standard")
-    for part in TABLES["skew"]:
-        assert bare(DATA, part) in found
+    text = full_table(DATA)
+    assert text.startswith("Even and skewed edges: digits, digits-cnn, mean ± sample standard")
+    for part in FIGURES["skew"].tables:
+        assert table_part(DATA, part) in text
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_what_cannot_be_written_is_one_line_and_changes_nothing(
     path = tmp_path / "page.md"
     path.write_text(page)
     assert main(["page", "--results", str(results), "--page", str(path)]) == 2
-    said = capsys.readouterr().err
-    assert expected in said
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1
     assert path.read_text() == page
 
 

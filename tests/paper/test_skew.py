@@ -8,9 +8,10 @@ import torch
 from flwr_cloned_kd import load_digits
 from flwr_cloned_kd.apps.build import split
 from flwr_cloned_kd.apps.settings import Settings
-from flwr_cloned_kd.paper.experiments import choose
+from flwr_cloned_kd.paper import skew
+from flwr_cloned_kd.paper.figures import choose
 from flwr_cloned_kd.paper.runs import Run, describe
-from flwr_cloned_kd.paper.skew import ABLATIONS, METHODS, SPLITS, plan_skew, reduce_skew
+from flwr_cloned_kd.paper.skew import ROWS, SPLITS
 
 LABELS = load_digits()[0][1]
 
@@ -38,16 +39,18 @@ def test_classes_are_held_by_several_edges_only_where_there_are_more_edges_than_
 
 
 def test_every_method_is_planned_on_every_split_and_what_ours_is_made_of_on_fewer_seeds():
-    plan = plan_skew(Settings(), 5, 3)
-    assert len(plan) == len(SPLITS) * (len(METHODS) + len(ABLATIONS))
-    for method, name in itertools.product(METHODS | ABLATIONS, SPLITS):
-        runs = plan[f"{method} | {name}"]
-        assert [run.settings.seed for run in runs] == [*range(3 if method in ABLATIONS else 5)]
-        assert runs[0].settings.split == SPLITS[name]["split"]
+    plan = skew.plan(Settings(), 5, 3)
+    assert len(plan) == len(SPLITS) * len(ROWS)
+    for (name, method), split_name in itertools.product(ROWS.items(), SPLITS):
+        runs = plan[f"{name} | {split_name}"]
+        is_ablation = name.startswith("ours") and bool(runs[0].distillation)
+        assert method.main != is_ablation
+        assert [run.settings.seed for run in runs] == [*range(3 if is_ablation else 5)]
+        assert runs[0].settings.split == SPLITS[split_name]["split"]
 
 
 def test_rows_and_splits_of_the_figure_are_chosen_by_their_names():
-    plan = plan_skew(Settings(), 1, 1)
+    plan = skew.plan(Settings(), 1, 1)
     some = choose("skew", plan, ["ours", "keep the clone"], ["IID", "one class"])
     assert [*some] == [
         "ours | IID",
@@ -59,6 +62,11 @@ def test_rows_and_splits_of_the_figure_are_chosen_by_their_names():
         choose("skew", plan, ["mine"])
 
 
+def test_a_choice_of_splits_leaves_other_figures_as_they_are():
+    plan = {"CPP": [], "CEM": []}
+    assert choose("fig5", plan, ["CPP"], ["IID"]) == {"CPP": []}
+
+
 def records_of(*accuracies):
     costs = {"bytes-down": 1, "bytes-up": 3, "images": 10}
     return [{"round": i, "core-accuracy": a, **costs} for i, a in enumerate(accuracies)]
@@ -66,21 +74,22 @@ def records_of(*accuracies):
 
 def test_a_row_has_the_last_core_the_mean_over_the_rounds_and_the_largest_fall():
     runs = [records_of(0.5, 0.6, 0.4), records_of(0.5, 0.7, 0.8)]
-    (found,) = reduce_skew({"ours | IID": runs}).values()
-    assert (found["method"], found["split"]) == ("ours", "IID")
-    assert found["final"]["values"] == [0.4, 0.8]
-    assert found["mean of rounds"]["values"] == pytest.approx([0.5, 0.75])
-    assert found["worst drop"] == pytest.approx(0.2)
-    assert (found["bytes"], found["images"]) == (12, 30)
+    (row,) = skew.reduce({"ours | IID": runs}).values()
+    assert (row["method"], row["split"]) == ("ours", "IID")
+    assert row["final"]["values"] == [0.4, 0.8]
+    assert row["mean of rounds"]["values"] == pytest.approx([0.5, 0.75])
+    assert row["worst drop"] == pytest.approx(0.2)
+    assert (row["bytes"], row["images"]) == (12, 30)
 
 
 def test_a_row_of_one_round_is_read_after_that_round():
     runs = [records_of(0.5, 0.6, 0.4)]
-    found = reduce_skew({"FedAvg, 1 round | IID": runs, "first core | IID": runs})
-    assert found["FedAvg, 1 round | IID"]["final"]["mean"] == 0.6
-    assert found["FedAvg, 1 round | IID"]["bytes"] == 8
-    assert found["first core | IID"]["final"]["mean"] == 0.5
-    assert found["first core | IID"]["worst drop"] == 0
+    summary = skew.reduce({"FedAvg, 1 round | IID": runs, "first core | IID": runs})
+    one_round, first_core = summary.values()
+    assert one_round["final"]["mean"] == 0.6
+    assert one_round["bytes"] == 8
+    assert first_core["final"]["mean"] == 0.5
+    assert first_core["worst drop"] == 0
 
 
 def test_records_are_of_what_phase_2_does_and_not_of_the_name_of_its_preset():

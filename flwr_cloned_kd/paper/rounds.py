@@ -1,0 +1,329 @@
+"""The rounds of a run, played with the plain loop, without Flower."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ..apps.build import build_core, edge_recipe, load, split
+from ..apps.machine import hardware
+from ..baselines.averaging import mix as mix_models
+from ..data.datasets import take
+from ..engine.ensemble import Ensemble, StateDict, clone, size
+from ..engine.fit import accuracy, predict
+from ..engine.inputs import Dataset
+from ..engine.recipe import fold_in
+from ..method.consensus import Venn
+from ..method.core import Core, CoreState, edge_seed, train_edge
+from ..method.variants import VARIANTS, Send, independent
+from .runs import Run, with_functions
+
+Record = dict[str, Any]
+"""What one round did, ready for JSON; round 0 is Phase 0. Accuracies are fractions, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the next round of a run needs.
+
+    Args:
+        server_round: number of rounds played.
+        core: the core's progress.
+        past: the core models after the latest rounds, newest last, as far back as an edge of the
+            run may be late.
+        right: `[N]`, whether the first edge's ensemble classifies each held-out sample correctly;
+            empty before the first round.
+    """
+
+    server_round: int
+    core: CoreState
+    past: tuple[StateDict, ...]
+    right: Tensor
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return this state as named tensors and a header that JSON can hold."""
+        tensors, header = self.core.state_dict()
+        for index, params in enumerate(self.past):
+            tensors |= {f"past-{index}/{name}": tensor for name, tensor in params.items()}
+        return tensors | {"right": self.right}, {
+            **header,
+            "server_round": self.server_round,
+            "past": len(self.past),
+        }
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
+        """Make the state that `state_dict` returned.
+
+        Raises:
+            ValueError, KeyError: if a tensor or an entry of the header is missing.
+        """
+        model = _with_prefix("core/", tensors)
+        past = range(header["past"])
+        return cls(
+            server_round=header["server_round"],
+            core=CoreState.from_state_dict(tensors, header, like=model),
+            past=tuple(_with_prefix(f"past-{index}/", tensors) for index in past),
+            right=tensors["right"],
+        )
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> StateDict:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+class _Setup(NamedTuple):
+    """What all rounds of a run share.
+
+    Args:
+        core: of the run.
+        train: all training data; `parts` has the rows of the core and of each edge.
+        held_out: data on which accuracies are measured.
+        parts: the core's rows, then each edge's.
+        send: returns the model that the next edge is sent.
+    """
+
+    core: Core
+    train: Dataset
+    held_out: Dataset
+    parts: list[Tensor]
+    send: Send
+
+
+class _Trained(NamedTuple):
+    """What the edges of one round made, and of what.
+
+    Args:
+        ensemble: `[E, ...]`, the clones of all edges.
+        num_images: the number of images of each edge.
+        dataset: the images of all edges.
+    """
+
+    ensemble: Ensemble
+    num_images: list[int]
+    dataset: Dataset
+
+
+def play(run: Run, state: RunState | None = None) -> Iterator[tuple[Record, RunState]]:
+    """Play the remaining rounds of a run, and yield the record and the state after each round.
+
+    Args:
+        run: what to play.
+        state: after the latest round that was played; None begins with Phase 0.
+    """
+    setup = _set_up(run)
+    if state is None:
+        record, state = _phase_0(run, setup.core)
+        yield record, state
+    for server_round in range(state.server_round + 1, run.num_rounds + 1):
+        record, state = _play_round(run, setup, state)
+        yield {"round": server_round} | record, state
+
+
+def _set_up(run: Run) -> _Setup:
+    settings = run.settings
+    core = build_core(settings)
+    train, held_out = load(settings)
+    parts = split(settings, train[1])
+    num_rows = max(2, round(run.core_share * len(parts[0])))
+    core = replace(
+        core,
+        dataset=train if run.central else take(train, parts[0][:num_rows]),
+        distillation=replace(core.distillation, **with_functions(run.distillation)),
+        runtime=replace(core.runtime, log=None),
+    )
+    return _Setup(core, train, held_out, parts, VARIANTS[settings.variant].init(core))
+
+
+def _phase_0(run: Run, core: Core) -> tuple[Record, RunState]:
+    state = core.state(core.pretrain())
+    images = len(core.dataset[1]) * run.settings.core_epochs
+    if VARIANTS[run.settings.variant].init is independent:
+        images *= 2  # The second model, which is sent to the edges, had a Phase 0 of its own.
+    record = {
+        "round": 0,
+        "core-accuracy": core.held_out_accuracy(state.params),
+        "train-accuracy": state.train_accuracy[0],
+        "accepted": 1.0,
+        "images": images,
+        "bytes-down": 0,
+        "bytes-up": 0,
+        "played-on": _machine(core),
+    }
+    return record, RunState(0, state, (state.params,), torch.zeros(0, dtype=torch.bool))
+
+
+def _machine(core: Core) -> str:
+    """Name the processor that trains, and the version of PyTorch."""
+    processor = hardware(core.runtime.target)
+    return f"{processor['gpu'] or processor['cpu']}, torch {torch.__version__}"
+
+
+def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunState]:
+    server_round = before.server_round + 1
+    edges, late = run.visits(server_round)
+    sent = setup.send(replace(before.core, params=before.past[-1 - late]))
+    trained = _train_edges(run, setup, sent, edges, server_round)
+    if run.combine == "average":
+        state, metrics = _average(run, setup, before.core, trained)
+    else:
+        state, metrics = _distill(run, setup.core, before.core, trained.ensemble, sent, edges)
+    scores, right = _measure(setup, before, state.params, trained)
+    record = {
+        **metrics,
+        "edges": edges,
+        "late": late,
+        "tried-accuracy": metrics["core-accuracy"],
+        **scores,
+        **_cost(run, setup.core, sent, trained.num_images),
+    }
+    latest = max((late for _, late in run.order), default=0)
+    past = (*before.past, state.params)[-1 - latest :]
+    return record, RunState(server_round, state, past, right)
+
+
+def _train_edges(
+    run: Run, setup: _Setup, sent: StateDict, edges: list[int], server_round: int
+) -> _Trained:
+    """Run Phase 1 on each edge of a round."""
+    core = setup.core
+    if run.edge_data == "core":
+        datasets = [core.dataset] * len(edges)
+    else:
+        datasets = [take(setup.train, setup.parts[1 + edge]) for edge in edges]
+    ensembles = []
+    for edge, dataset in zip(edges, datasets):
+        if run.edge_data == "none":
+            ensembles.append(clone(sent, run.num_clones))
+            continue
+        # The seeds of ClonedKD for one edge a round, of the apps' clients for edges side by side.
+        if len(edges) == 1:
+            seed = edge_seed(core.seed, server_round)
+        else:
+            seed = fold_in(fold_in(run.settings.seed, "edge", edge), server_round)
+        ensembles.append(
+            train_edge(
+                core.model,
+                sent,
+                dataset,
+                edge_recipe(run.settings, edge, proximal_mu=run.proximal_mu),
+                num_clones=run.num_clones,
+                seed=seed,
+                runtime=core.runtime,
+            )
+        )
+    return _Trained(
+        {name: torch.cat([ensemble[name] for ensemble in ensembles]) for name in sent},
+        [len(labels) for _, labels in datasets],
+        (torch.cat([x for x, _ in datasets]), torch.cat([y for _, y in datasets])),
+    )
+
+
+def _distill(
+    run: Run,
+    core: Core,
+    state: CoreState,
+    ensemble: Ensemble,
+    sent: StateDict,
+    edges: list[int],
+) -> tuple[CoreState, dict[str, float]]:
+    """Run Phase 2; an oracle refuses the round of a noisy edge."""
+    if run.oracle and any(str(edge) in run.settings.noisy for edge in edges):
+        core = replace(core, guard=lambda history, trained: True)
+    return core.distill(state, ensemble, sent=sent, weight=run.kd_weight)
+
+
+def _average(
+    run: Run, setup: _Setup, state: CoreState, trained: _Trained
+) -> tuple[CoreState, dict[str, float]]:
+    """Move the core to the clones' mean, weighted by images, or by `run.mix` of the way."""
+    core = setup.core
+    inputs, labels = setup.held_out
+    clones_per_edge = size(trained.ensemble) // len(trained.num_images)
+    weights = [images for images in trained.num_images for _ in range(clones_per_edge)]
+    params = weighted_mean(trained.ensemble, weights)
+    if run.mix < 1:
+        params = mix_models(state.params, params, run.mix)
+    train_accuracy = core.train_accuracy(params)
+    logits = predict(core.model, trained.ensemble, inputs, runtime=core.runtime)
+    metrics = {
+        "accepted": 1.0,
+        "train-accuracy": train_accuracy,
+        "core-accuracy": core.held_out_accuracy(params) or 0.0,
+        "edge-accuracy": float(accuracy(logits, labels).mean()),
+    }
+    history = (*state.train_accuracy, train_accuracy)
+    return CoreState(params, (), state.version + 1, history), metrics
+
+
+def weighted_mean(ensemble: Ensemble, weights: list[int]) -> StateDict:
+    """Average clones `[E, ...]` by weight (McMahan et al. 2017).
+
+    Flower's FedAvg computes the same average, but its `aggregate_train` needs Flower's messages,
+    turns counters into float64, and adds in another order, which moves the last bit of float32: the
+    records on disk would no longer be those that a run plays today.
+
+    Args:
+        ensemble: the clones; integer tensors, which count, are taken from the first clone.
+        weights: of each clone, for example the number of its edge's images.
+    """
+    shares = torch.tensor(weights, dtype=torch.float32) / sum(weights)
+    return {
+        name: torch.einsum("e,e...->...", shares, tensor)
+        if tensor.is_floating_point()
+        else tensor[0]
+        for name, tensor in ensemble.items()
+    }
+
+
+def _measure(
+    setup: _Setup, before: RunState, after: StateDict, trained: _Trained
+) -> tuple[dict[str, Any], Tensor]:
+    """Score the core before and after a round, and the clones.
+
+    Returns:
+        Entries of the round's record, and which held-out samples the first edge has right.
+    """
+    core = setup.core
+    # Two cores and the clones make one ensemble `[2 + E, ...]`, which is measured in one pass.
+    pair = clone(before.core.params, 1), clone(after, 1)
+    models = {
+        name: torch.cat([*(params[name] for params in pair), clones])
+        for name, clones in trained.ensemble.items()
+    }
+    inputs, labels = setup.held_out
+    logits = predict(core.model, models, inputs, runtime=core.runtime)
+    core_before = logits[0].argmax(-1) == labels
+    core_after = logits[1].argmax(-1) == labels
+    teacher = logits[2:].softmax(-1).mean(0).argmax(-1) == labels
+    first_teacher = before.right if len(before.right) else teacher
+    inputs, labels = trained.dataset
+    own = accuracy(predict(core.model, models, inputs, runtime=core.runtime), labels)
+    return {
+        "core-accuracy": float(core_after.float().mean()),
+        "before": asdict(Venn.of(core_before, teacher)),
+        "after": asdict(Venn.of(core_after, teacher)),
+        "first": asdict(Venn.of(core_after, first_teacher)),
+        "own-before": float(own[0]),
+        "own-edge": float(own[2:].mean()),
+        "own-after": float(own[1]),
+    }, first_teacher
+
+
+def _cost(run: Run, core: Core, sent: StateDict, num_images: list[int]) -> dict[str, int]:
+    """Count the bytes exchanged in a round and the images trained on."""
+    num_bytes = 0
+    if run.edge_data == "private":
+        num_bytes = len(num_images) * sum(tensor.nbytes for tensor in sent.values())
+    images = 0
+    if run.edge_data != "none":
+        images += sum(num_images) * run.num_clones * run.settings.edge_epochs
+    if run.combine == "distill":
+        images += len(core.dataset[1]) * run.settings.distill_epochs
+    return {"bytes-down": num_bytes, "bytes-up": num_bytes * run.num_clones, "images": images}
