@@ -162,7 +162,9 @@ class Settings:
         "network of the core and of the edges: digits-cnn, resnet-8, resnet-14, resnet-20, ...",
     )
     variant: Annotated[str, one_of(*VARIANTS)] = setting(
-        "CEM", METHOD, "row of the paper's Fig. 5: start of an edge, clones, memory"
+        "CEM",
+        METHOD,
+        "row of the paper's Fig. 5: start of an edge, clones, memory; see docs/how_it_works.md",
     )
     num_clones: CountOrZero = setting(
         0, METHOD, "clones that an edge trains; 0 takes the number of the variant"
@@ -171,7 +173,7 @@ class Settings:
         0, METHOD, "ensembles in the temporal memory; 0 takes the number of the variant"
     )
     preset: Annotated[str, one_of(*PRESETS)] = setting(
-        "practical", METHOD, "form of Phase 2, explained in docs/how_it_works.md"
+        "practical", METHOD, "options of Phase 2 as a whole; see docs/how_it_works.md"
     )
     temperature: Amount = setting(
         0.0, METHOD, "temperature of the distillation; 0 takes the value of the preset"
@@ -235,7 +237,7 @@ class Settings:
     baseline_rounds: Count = setting(
         9,
         RUN,
-        "rounds of fedavg and fedprox, with all edges; fedasync and fedbuff take as many answers",
+        "rounds of fedavg and fedprox; fedasync and fedbuff take num-edges times as many answers",
         "Flower run",
     )
     proximal_mu: Amount = setting(0.01, RUN, "mu of fedprox", "Flower run")
