@@ -35,7 +35,8 @@ from ..engine.runtime import Runtime, plan
 from ..method.core import Core
 from ..method.distillation import Distillation
 from ..method.guards import Refuses
-from ..method.variants import PRESETS, VARIANTS
+from ..method.presets import PRESETS
+from ..method.variants import VARIANTS
 from .settings import AUGMENTATIONS, CHOICES, GUARDS, Settings, model_depth
 
 

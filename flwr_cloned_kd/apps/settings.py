@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..engine.inputs import CropAndFlip
 from ..engine.runtime import Runtime
 from ..method.guards import TrainAccuracyDrop, TrainAccuracyJump
-from ..method.variants import PRESETS, VARIANTS
+from ..method.presets import PRESETS
+from ..method.variants import VARIANTS
 
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox", "fedasync", "fedbuff")
 GUARDS = {"none": None, "jump": TrainAccuracyJump, "drop": TrainAccuracyDrop}

@@ -26,6 +26,7 @@ from .consensus import Venn
 from .distillation import Distillation
 from .guards import Refuses
 from .knowledge import Knowledge
+from .presets import practical
 from .targets import TargetBank, TargetCache, weighted_sum
 
 
@@ -120,11 +121,10 @@ class Core:
     `target_cache`, which changes the speed and never the result.
 
     >>> import torch
-    >>> from flwr_cloned_kd import Core, Distillation, Recipe, train_edge
+    >>> from flwr_cloned_kd import Core, Recipe, train_edge
     >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
     >>> recipe = Recipe(epochs=50, batch_size=2)
-    >>> phase2 = Distillation(recipe=recipe)
-    >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe, distillation=phase2)
+    >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe)
     >>> state = core.state(core.pretrain())
     >>> edge = train_edge(core.model, state.params, data, recipe, num_clones=3)
     >>> state, metrics = core.distill(state, edge)
@@ -135,7 +135,7 @@ class Core:
         model: the architecture; its weights are the start of Phase 0.
         dataset: the core data, inputs `[N, ...]` and labels `[N]`.
         recipe: Phase 0.
-        distillation: Phase 2.
+        distillation: Phase 2; None is the preset `practical` of `recipe`.
         guard: (history, training accuracy) -> True to refuse the round (Sec. 5.3); None accepts
             every round.
         held_out: data on which accuracies and the consensus are measured; None measures none.
@@ -149,12 +149,16 @@ class Core:
     model: nn.Module
     dataset: Dataset
     recipe: Recipe = field(default_factory=Recipe)
-    distillation: Distillation = field(default_factory=Distillation)
+    distillation: Distillation = None  # type: ignore[assignment]  # until __post_init__
     guard: Refuses | None = None
     held_out: Dataset | None = None
     seed: int = 0
     runtime: Runtime = field(default_factory=Runtime)
     target_cache: TargetCache = field(default_factory=TargetCache, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.distillation is None:
+            object.__setattr__(self, "distillation", practical(self.recipe))
 
     def pretrain(self, start: StateDict | None = None) -> StateDict:
         """Phase 0: train on the core data, from `start` or from the weights of the model."""
