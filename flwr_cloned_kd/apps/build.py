@@ -160,6 +160,7 @@ def runtime(settings: Settings, device: str) -> Runtime:
         bf16=CHOICES[settings.bf16],
         compile=CHOICES[settings.compile],
         batch_clones=CHOICES[settings.batch_clones],
+        workers=settings.workers or None,
         cuda_graphs=settings.cuda_graphs,
         log=partial(log, INFO),
     )

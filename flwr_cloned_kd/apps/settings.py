@@ -284,6 +284,9 @@ class Settings:
     batch_clones: Switch = setting(
         "auto", SPEED, "training of all clones in one pass, instead of one by one", "speed"
     )
+    workers: CountOrZero = setting(
+        0, SPEED, "clones that train side by side on a CPU; 0 takes as many as threads", "speed"
+    )
     bf16: Switch = setting("auto", SPEED, "bfloat16 instead of float32 in the models", "speed")
     compile: Switch = setting("auto", SPEED, "compilation of clones that train one by one", "speed")
     cuda_graphs: bool = setting(

@@ -59,6 +59,8 @@ def lanes(
         if runtime.batch_clones or _can_batch(model, lane, inputs[:2], size(ensemble)):
             return [lane], chosen
         chosen = plan_for(replace(runtime, batch_clones=False))
+    if chosen.workers > 1 and _draws_random_numbers(model, inputs[:2]):
+        chosen = plan_for(replace(runtime, batch_clones=False, workers=1))
     fold_inputs = None if training or is_small(model) else inputs[:2]
     return [
         _lane_of_one(model, member(ensemble, index), chosen, training, batch_size, fold_inputs)
@@ -80,6 +82,20 @@ def _can_batch(model: nn.Module, lane: Lane, inputs: Tensor, num_clones: int) ->
         for name, tensor in lane.read().items():
             tensor.copy_(before[name])
     return True
+
+
+def _draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
+    """Return whether a model draws from PyTorch's generator while it trains, as dropout does.
+
+    Threads would share the generator, and the order of their draws would change from run to run.
+    """
+    probe = copy.deepcopy(model).to(inputs.device).train()
+    before = torch.default_generator.get_state()
+    with torch.no_grad():
+        probe(inputs)
+    draws = not torch.equal(before, torch.default_generator.get_state())
+    torch.default_generator.set_state(before)
+    return draws
 
 
 def _lane_of_one(

@@ -18,7 +18,6 @@ from ..engine.ensemble import (
 )
 from ..engine.fit import accuracy, fit, predict
 from ..engine.inputs import Dataset
-from ..engine.losses import Targets
 from ..engine.losses import distillation as distillation_loss
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
@@ -27,7 +26,7 @@ from .distillation import Distillation
 from .guards import Refuses
 from .knowledge import Knowledge
 from .presets import practical
-from .targets import TargetBank, TargetCache, weighted_sum
+from .targets import TargetBank, TargetCache, computed_ahead, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,9 +207,8 @@ class Core:
         edge_logits = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
         share = self._share(knowledge)
         student = student_start(self.model, state.params, edge, sent, share)
-        params = self._train_student(
-            student, self._targets(state.params, memory, weights), state.version
-        )
+        teachers, scaled_weights = self._teachers(state.params, memory, weights)
+        params = self._train_student(student, teachers, scaled_weights, state.version)
         check_finite(params, "core after distillation: ")
         train_accuracy = self.train_accuracy(params)
         refused = self.guard is not None and self.guard(state.train_accuracy, train_accuracy)
@@ -277,10 +275,10 @@ class Core:
             raise ValueError(f"student_start: expected 0 to 1 from the function, got {share}")
         return share
 
-    def _targets(
+    def _teachers(
         self, core: StateDict, memory: tuple[Ensemble, ...], weights: tuple[float, ...]
-    ) -> Targets:
-        """Return the targets of Eq. (2): those of the memory and, if it is a teacher, the core."""
+    ) -> tuple[list[TargetBank], list[float]]:
+        """Return the teachers of Eq. (2) with their weights; the core is one if it teaches too."""
         origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime)
         teachers = self.target_cache.banks(memory, self._bank, origin)
         scale = 1 / len(memory) if self.distillation.mean_over_memory else 1.0
@@ -288,7 +286,7 @@ class Core:
         if self.distillation.core_as_teacher:
             teachers = [*teachers, self._bank(clone(core, 1))]
             scaled_weights = [*scaled_weights, 1.0]
-        return weighted_sum(teachers, scaled_weights)
+        return teachers, scaled_weights
 
     def _bank(self, ensemble: Ensemble) -> TargetBank:
         distillation = self.distillation
@@ -305,20 +303,23 @@ class Core:
             runtime=self.runtime,
         )
 
-    def _train_student(self, start: StateDict, targets: Targets, version: int) -> StateDict:
+    def _train_student(
+        self, start: StateDict, teachers: list[TargetBank], weights: list[float], version: int
+    ) -> StateDict:
         distillation = self.distillation
-        trained = fit(
-            self.model,
-            clone(start, 1),
-            self.dataset,
-            distillation.recipe,
-            loss=distillation_loss(distillation.temperature, distillation.student_temperature),
-            targets=targets,
-            seed=fold_in(self.seed, "phase-2", version),
-            view_seed=self._view_seed,
-            runtime=self.runtime,
-            phase="Phase 2",
-        )
+        with computed_ahead(teachers, distillation.recipe, self.runtime) as announce:
+            trained = fit(
+                self.model,
+                clone(start, 1),
+                self.dataset,
+                distillation.recipe,
+                loss=distillation_loss(distillation.temperature, distillation.student_temperature),
+                targets=weighted_sum(teachers, weights, announce),
+                seed=fold_in(self.seed, "phase-2", version),
+                view_seed=self._view_seed,
+                runtime=self.runtime,
+                phase="Phase 2",
+            )
         return member(trained, 0)
 
     @property
