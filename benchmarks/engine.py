@@ -1,4 +1,4 @@
-"""The engine against the textbook: `python -m benchmarks.engine --help`."""
+"""Measure how much faster a CEM round of the engine is than a textbook implementation of it."""
 
 import argparse
 import copy

@@ -30,6 +30,7 @@ AUGMENTATIONS = {
 }
 TYPES = {str: "string", int: "int", float: "float", bool: "bool"}
 """How pydantic names the types of values in its errors."""
+ALL_KEYS = "python -m flwr_cloned_kd.apps table lists all keys"
 MODELS = "digits-cnn or resnet-DEPTH with DEPTH 8, 14, 20, 32, ..."
 
 DATA = "Data"
@@ -306,8 +307,9 @@ class Settings:
         values: dict[str, Any] = {}
         for key, value in config.items():
             if key not in known:
-                likely = get_close_matches(key, known) or known
-                raise ValueError(f"run-config {key}: expected a known key ({', '.join(likely)})")
+                nearest = get_close_matches(key, known)
+                hint = f"nearest: {', '.join(nearest)}" if nearest else ALL_KEYS
+                raise ValueError(f"run-config {key}: expected a known key ({hint})")
             whole = known[key].kind is float and type(value) is int
             values[key.replace("-", "_")] = float(value) if whole else value
         return cls(**values)
@@ -323,7 +325,7 @@ class Settings:
         if not delays_fit or len(self.delays) > self.num_edges:
             self._fail("edge_delays", f"at most {self.num_edges} numbers of seconds")
         if self.dataset in ("npz", "huggingface") and not self.data_path:
-            self._fail("data_path", f"where the {self.dataset} data is")
+            self._fail("data_path", f"the place of the {self.dataset} data")
         if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
             self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
 

@@ -121,7 +121,7 @@ def _lane_of_one(
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         logits_of = compiled if len(x) == batch_size else module
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=chosen.bf16):
+        with _autocast(x.device, chosen):
             logits: Tensor = logits_of(x)
         return logits.float().unsqueeze(0)
 
@@ -144,11 +144,20 @@ def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: b
     logits_of_all = vmap(logits_of_one)
 
     def run(inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=chosen.bf16):
+        with _autocast(inputs.device, chosen):
             logits: Tensor = logits_of_all(state, inputs)
         return logits.float()
 
     return Lane(leaves, run, lambda: {name: tensor.detach() for name, tensor in state.items()})
+
+
+def _autocast(device: torch.device, chosen: Plan) -> torch.autocast:
+    """Make the context in which a model runs.
+
+    Autocast would keep the weights that it has cast until the outermost context ends. Inside a
+    caller's autocast all steps would then use the weights of the first one.
+    """
+    return torch.autocast(device.type, torch.bfloat16, chosen.bf16, cache_enabled=False)
 
 
 def _template(model: nn.Module, chosen: Plan, training: bool) -> nn.Module:

@@ -48,9 +48,10 @@ class Runtime:
             the clones train in one pass or compiled. A model that draws random numbers while it
             trains (dropout) always trains its clones in turn.
         cuda_graphs: record one step as a CUDA graph and replay it; clones that train one by one
-            become parallel branches. On GPUs only, and not for a loss that reads `batch.epoch`. The
-            result equals that of plain steps bit for bit. Steps of small models take a fifth of
-            the time or less (docs/performance.md).
+            become parallel branches. On GPUs only, and not for a loss that reads `batch.epoch` or a
+            model whose Python code acts differently from step to step. The result equals that of
+            plain steps bit for bit. Steps of small models take a fifth of the time or less
+            (docs/performance.md).
         target_bytes: memory limit for the targets of teachers that are kept from epoch to epoch
             and from round to round; other targets are computed again. 0 keeps no targets.
         log: called with one line every few seconds of a long phase; None logs nothing.
@@ -172,9 +173,13 @@ def is_small(model: nn.Module) -> bool:
 
 @contextmanager
 def settings(runtime: Runtime, seed: int) -> Iterator[None]:
-    """Make a device and random modules such as dropout deterministic, then restore both."""
+    """Make a device and random modules such as dropout deterministic, then restore both.
+
+    A caller's autocast is switched off meanwhile: `Runtime.bf16` alone decides.
+    """
     cuda = runtime.target.type == "cuda"
     with ExitStack() as stack:
+        stack.enter_context(torch.autocast(runtime.target.type, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[runtime.target] * cuda))
         torch.default_generator.manual_seed(seed)
         if cuda:
