@@ -283,6 +283,7 @@ def test_all_checks_run_on_a_cpu_with_tiny_sizes(tmp_path):
     assert len([*(tmp_path / "a folder" / "full" / "runs").glob("*.jsonl")]) == 1
 
 
+@pytest.mark.simulation
 def test_sigterm_ends_the_check_in_progress(tmp_path):
     code = f"""
 import signal, sys
