@@ -49,6 +49,7 @@ from flwr_cloned_kd.engine.inputs import Dataset, FiniteViews
 from flwr_cloned_kd.engine.losses import Batch, Loss
 from flwr_cloned_kd.engine.runtime import plan, settings
 from flwr_cloned_kd.io.checkpoint import write_atomically
+from flwr_cloned_kd.paper.statistics import spread
 
 BASELINE = "baseline"
 DEPTH = 8
@@ -556,6 +557,19 @@ def show(names: Sequence[str], results: Results, seeds: int) -> Table:
     return table
 
 
+def summary(names: Sequence[str], results: Results) -> dict[str, Any]:
+    """Return the mean and the spread of each row over its seeds, for the numbers of a page."""
+    return {
+        "figure": "phase0",
+        "epochs": results[BASELINE]["epochs"],
+        "played on": results[BASELINE]["device"],
+        "result": {
+            name: {"words": results[name]["words"], "accuracy": spread(results[name]["accuracy"])}
+            for name in names
+        },
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> Results:
     """Run the baseline and the rows of `--only`; print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.phase0", description=__doc__)
@@ -571,6 +585,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--json", type=Path, metavar="FILE", help="results; resumed from")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="mean and spread of each row, for docs/results"
+    )
     options = parser.parse_args(argv)
     for name in ("seeds", "epochs", "jobs"):
         if getattr(options, name) < 1:
@@ -582,6 +599,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
     names = list(dict.fromkeys([BASELINE, *requested]))
     results = compare(names, options)
     Console(width=110).print(show(names, results, options.seeds))
+    if options.summary:
+        content = json.dumps(summary(names, results), indent=1) + "\n"
+        write_atomically(options.summary, content)
     return results
 
 

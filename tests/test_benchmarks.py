@@ -219,3 +219,12 @@ def test_every_preset_is_timed_as_often_as_asked(monkeypatch, tmp_path):
     assert json.loads(path.read_text()) == results
     assert results["digits"].keys() == {*PRESETS, "practical, no teachers"}
     assert all(len(values) == 2 and min(values) > 0 for values in results["digits"].values())
+
+
+def test_the_summary_of_phase0_by_hand():
+    baseline = {"words": "defaults", "accuracy": [0.1, 0.3], "epochs": 12, "device": "CPU"}
+    content = phase0.summary(["baseline"], {"baseline": baseline})
+    accuracy = content["result"]["baseline"]["accuracy"]
+    assert (accuracy["mean"], accuracy["n"]) == (pytest.approx(0.2), 2)
+    assert accuracy["sd"] == pytest.approx(0.02**0.5)  # (0.1^2 + 0.1^2) / (2 - 1)
+    assert (content["epochs"], content["played on"]) == (12, "CPU")
