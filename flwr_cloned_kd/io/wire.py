@@ -164,8 +164,11 @@ def _encode_movement(edge: Mapping[str, Tensor], sent: StateDict) -> StateDict:
         tensor = edge.get(name)
         if tensor is None or not _is_coded(base):
             continue
+        num_axes = tensor.dim() - base.dim()
+        if tensor.dtype != base.dtype or tensor.shape[num_axes:] != base.shape:
+            continue  # The core refuses the tensor, and names its dtype or shape.
         movement = tensor - base
-        values = tuple(range(tensor.dim() - base.dim(), tensor.dim()))
+        values = tuple(range(num_axes, tensor.dim()))
         scales = movement.abs().amax(values) / MAX_CODE
         divisors = torch.where(scales > 0, scales, 1.0).view(*scales.shape, *[1] * base.dim())
         # A tiny scale is rounded so coarsely that a code could exceed 127 without the limit.
