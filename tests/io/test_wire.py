@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
@@ -64,6 +64,7 @@ def test_bfloat16_is_off_by_half_of_its_last_place(edge):
 
 
 @given(matrices(MODERATE), matrices(MODERATE, 1))
+@example(torch.full((3, 2, 4), 190 * 2.0**-149), torch.zeros(1, 2, 4))
 def test_int8_is_off_by_half_a_scale_of_each_clones_movement(edge, sent):
     """A code is at most 1/2 off, in units of the scale: largest movement of the clone / 127.
 
@@ -90,6 +91,7 @@ def test_int8_codes_of_a_matrix_by_hand():
 
 @pytest.mark.parametrize("wire_dtype", SMALLER)
 @given(hnp.arrays(np.float32, (2, 5), elements=st.floats(0, 2.0**100, width=32)))
+@example(np.array([[0, 0, 0, 0, 200]] * 2, np.float32))
 def test_a_running_variance_never_becomes_negative(wire_dtype, variances):
     edge = {"bn.running_var": torch.from_numpy(variances)}
     sent = {"bn.running_var": torch.ones(5)}
