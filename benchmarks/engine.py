@@ -1,11 +1,14 @@
-"""The engine against the textbook: `python -m benchmarks.engine --help`."""
+"""Measure how much faster a CEM round of the engine is than a textbook implementation of it."""
 
 import argparse
 import copy
 import json
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,9 +41,11 @@ from flwr_cloned_kd.data.datasets import moments
 from flwr_cloned_kd.data.models import resnet
 from flwr_cloned_kd.engine.inputs import Dataset
 from flwr_cloned_kd.engine.runtime import Plan, plan
-from flwr_cloned_kd.method.targets import TargetBank, weighted_sum
+from flwr_cloned_kd.method.targets import TargetBank, computed_ahead, weighted_sum
 
 TEMPERATURE = 4.0
+LOAD_START_SECONDS = 5.0
+"""Time for a competing process to import PyTorch."""
 PHASES = ("phase1", "phase2", "round")
 CHOICES = {"auto": None, "on": True, "off": False}
 
@@ -75,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     runtime = Runtime(**chosen._asdict())
     times, peaks, warm_up_seconds = measure(setup, runtime, options.repetitions, console)
     results = summary(options, setup, chosen, times, peaks)
+    if options.load:
+        results["load"] = beside_load(setup, runtime, options, results, console)
     results["warm-up-seconds"] = warm_up_seconds
     show(results, console)
     if options.json:
@@ -127,6 +134,7 @@ def choose(options: argparse.Namespace, setup: Setup) -> Plan:
         bf16=CHOICES[options.bf16],
         compile=CHOICES[options.compile],
         batch_clones=CHOICES[options.batch_clones],
+        workers=options.workers,
         cuda_graphs=options.cuda_graphs,
     )
     samples = len(setup.data[1]) * options.epochs * setup.num_clones
@@ -161,6 +169,49 @@ def measure(
     return times, peaks, warm_up_seconds
 
 
+def beside_load(
+    setup: Setup,
+    runtime: Runtime,
+    options: argparse.Namespace,
+    results: dict[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    """Time the engine once more beside processes that keep a processor busy each.
+
+    Returns:
+        "processes"; and per phase the median seconds, as "seconds", and the share of the quiet
+        speed that is left, as "kept".
+    """
+    engine = Engine(setup, runtime)
+    times: dict[str, list[float]] = {"phase1": [], "phase2": []}
+    with competing(options.load):
+        for _ in range(options.repetitions):
+            times["phase1"].append(seconds(engine.phase1, setup.device))
+            times["phase2"].append(seconds(engine.phase2, setup.device))
+    loaded = {phase: median(values) for phase, values in times.items()}
+    quiet = {phase: median(results["seconds"][f"engine {phase}"]) for phase in times}
+    kept = {phase: quiet[phase] / loaded[phase] for phase in times}
+    console.print(
+        f"Beside {options.load} busy processes: Phase 1 keeps {kept['phase1']:.0%} of its speed, "
+        f"Phase 2 {kept['phase2']:.0%}"
+    )
+    return {"processes": options.load, "seconds": loaded, "kept": kept}
+
+
+@contextmanager
+def competing(num_processes: int) -> Iterator[None]:
+    """Run processes that multiply matrices on one thread each."""
+    code = "import torch; torch.set_num_threads(1); x = torch.randn(256, 256)\nwhile True: x @ x"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(num_processes)]
+    try:
+        time.sleep(LOAD_START_SECONDS)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 class Engine:
     """A round of the engine with a full memory, whose older targets are computed already."""
 
@@ -187,16 +238,17 @@ class Engine:
         """Distil the memory; the targets of the newest ensemble are computed here."""
         setup = self._setup
         self._banks[-1] = self._bank(self._edges[-1])
-        fit(
-            setup.model,
-            clone(setup.model.state_dict(), 1),
-            setup.data,
-            setup.recipe,
-            loss=distillation(TEMPERATURE),
-            targets=weighted_sum(self._banks, [1.0] * len(self._banks)),
-            view_seed=0,
-            runtime=self._runtime,
-        )
+        with computed_ahead(self._banks, setup.recipe, self._runtime) as announce:
+            fit(
+                setup.model,
+                clone(setup.model.state_dict(), 1),
+                setup.data,
+                setup.recipe,
+                loss=distillation(TEMPERATURE),
+                targets=weighted_sum(self._banks, [1.0] * len(self._banks), announce),
+                view_seed=0,
+                runtime=self._runtime,
+            )
 
     def _bank(self, edge: dict[str, Tensor]) -> TargetBank:
         setup = self._setup
@@ -347,7 +399,9 @@ def _words(chosen: Plan) -> str:
         words.append("compiled")
     if chosen.cuda_graphs:
         words.append("CUDA graphs")
-    words.append("clones batched" if chosen.batch_clones else "clones one by one")
+    in_turn = "clones batched" if chosen.batch_clones else "clones one by one"
+    side_by_side = f"{chosen.workers} clones side by side"
+    words.append(side_by_side if chosen.workers > 1 else in_turn)
     return ", ".join(words)
 
 
@@ -367,6 +421,8 @@ def _options() -> argparse.ArgumentParser:
     add("--memory-size", type=int, default=3)
     add("--repetitions", type=int, default=5)
     add("--device", default="auto")
+    add("--workers", type=int, help="clones that train side by side on a CPU")
+    add("--load", type=int, default=0, help="then time the engine beside so many busy processes")
     for name in ("bf16", "compile", "batch-clones"):
         add(f"--{name}", choices=tuple(CHOICES), default="auto")
     add("--cuda-graphs", action="store_true")

@@ -26,16 +26,18 @@ NUM_CLASSES = 100
 BATCH_SIZE = 128
 
 
-def measure(depth: int, num_clones: int, runtime: Runtime, epochs: tuple[int, int]) -> float:
+def measure(
+    depth: int, num_clones: int, runtime: Runtime, epochs: tuple[int, int], num_images: int
+) -> float:
     """Return the milliseconds of one step of all clones: batch 128 of 32x32 images, ResNet.
 
     The result is the difference of a long and a short training, divided by the difference of their
     numbers of steps. It leaves out the work of a training's start: copies, warm-up, recording.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (NUM_IMAGES, 3, 32, 32)
+    shape = (num_images, 3, 32, 32)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, NUM_CLASSES, (NUM_IMAGES,), generator=generator)
+    labels = torch.randint(0, NUM_CLASSES, (num_images,), generator=generator)
     model = resnet(depth, NUM_CLASSES, pixels=moments(images))
     start = clone(model.state_dict(), num_clones)
 
@@ -45,7 +47,7 @@ def measure(depth: int, num_clones: int, runtime: Runtime, epochs: tuple[int, in
 
     train(1)  # libraries load, and cuDNN chooses its algorithms
     short, long = (seconds(partial(train, num_epochs), runtime.target) for num_epochs in epochs)
-    steps = (epochs[1] - epochs[0]) * math.ceil(NUM_IMAGES / BATCH_SIZE)
+    steps = (epochs[1] - epochs[0]) * math.ceil(num_images / BATCH_SIZE)
     return 1e3 * (long - short) / steps
 
 
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--depths", type=int, nargs="+", default=[8, 32], help="of ResNets (default: 8 32)")
     add("--clones", type=int, nargs="+", default=[1, 3], help="(default: 1 3)")
     add("--epochs", type=int, nargs=2, default=[3, 10], help="short and long (default: 3 10)")
+    add("--images", type=int, default=NUM_IMAGES, help=f"in an epoch (default: {NUM_IMAGES})")
     add("--json", type=Path, help="save the results")
     options = parser.parse_args(argv)
     short, long = options.epochs
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         table.add_column(column, justify="right")
     for depth, num_clones in product(options.depths, options.clones):
         times = {
-            name: measure(depth, num_clones, runtime, (short, long))
+            name: measure(depth, num_clones, runtime, (short, long), options.images)
             for name, runtime in kinds.items()
         }
         rows.append({"depth": depth, "clones": num_clones, "milliseconds": times})

@@ -40,7 +40,8 @@ from .method.knowledge import (
     label_probability,
     retained,
 )
-from .method.variants import PRESETS, VARIANTS, Variant, cloned, practical, unselective
+from .method.presets import PRESETS, practical, unselective
+from .method.variants import VARIANTS, Variant, cloned
 from .virtual.durations import Constant, Draw, Exponential, LogNormal, Trace
 from .virtual.grid import VirtualGrid
 

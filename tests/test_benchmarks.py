@@ -82,6 +82,18 @@ def test_the_benchmark_times_both_and_saves_the_ratios(tmp_path, options, capsys
     assert "engine against textbook" in capsys.readouterr().out
 
 
+def test_the_benchmark_times_the_engine_beside_a_load(monkeypatch, capsys):
+    monkeypatch.setattr(engine, "LOAD_START_SECONDS", 0.0)
+    size = ["--samples", "16", "--epochs", "1", "--repetitions", "1", "--model", "resnet-8"]
+    results = engine.main([*size, "--load", "1"])
+    load = results["load"]
+    assert load["processes"] == 1
+    for phase in ("phase1", "phase2"):
+        quiet = results["seconds"][f"engine {phase}"][0]
+        assert load["kept"][phase] == pytest.approx(quiet / load["seconds"][phase])
+    assert "Beside 1 busy processes: Phase 1 keeps" in capsys.readouterr().out
+
+
 def test_the_demand_of_a_linear_layer_by_hand():
     # A pass of 3 inputs to 2 outputs multiplies and adds 6 numbers: 12 FLOP. The gradient of the
     # weight costs the same again, and the gradient of the input is not computed.

@@ -35,7 +35,8 @@ from ..engine.runtime import Runtime, plan
 from ..method.core import Core
 from ..method.distillation import Distillation
 from ..method.guards import Refuses
-from ..method.variants import PRESETS, VARIANTS
+from ..method.presets import PRESETS
+from ..method.variants import VARIANTS
 from .settings import AUGMENTATIONS, CHOICES, GUARDS, Settings, model_depth
 
 
@@ -159,6 +160,7 @@ def runtime(settings: Settings, device: str) -> Runtime:
         bf16=CHOICES[settings.bf16],
         compile=CHOICES[settings.compile],
         batch_clones=CHOICES[settings.batch_clones],
+        workers=settings.workers or None,
         cuda_graphs=settings.cuda_graphs,
         log=partial(log, INFO),
     )

@@ -38,4 +38,5 @@ def capability(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    count = f"{threads} thread{'s' * (threads != 1)}"
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {count}"

@@ -17,7 +17,8 @@ from ..engine.inputs import CropAndFlip
 from ..engine.runtime import Runtime
 from ..io.wire import WIRE_DTYPES
 from ..method.guards import TrainAccuracyDrop, TrainAccuracyJump
-from ..method.variants import PRESETS, VARIANTS
+from ..method.presets import PRESETS
+from ..method.variants import VARIANTS
 
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox", "fedasync", "fedbuff")
 GUARDS = {"none": None, "jump": TrainAccuracyJump, "drop": TrainAccuracyDrop}
@@ -30,6 +31,7 @@ AUGMENTATIONS = {
 }
 TYPES = {str: "string", int: "int", float: "float", bool: "bool"}
 """How pydantic names the types of values in its errors."""
+ALL_KEYS = "python -m flwr_cloned_kd.apps table lists all keys"
 MODELS = "digits-cnn or resnet-DEPTH with DEPTH 8, 14, 20, 32, ..."
 
 DATA = "Data"
@@ -163,7 +165,9 @@ class Settings:
         "network of the core and of the edges: digits-cnn, resnet-8, resnet-14, resnet-20, ...",
     )
     variant: Annotated[str, one_of(*VARIANTS)] = setting(
-        "CEM", METHOD, "row of the paper's Fig. 5: start of an edge, clones, memory"
+        "CEM",
+        METHOD,
+        "row of the paper's Fig. 5: start of an edge, clones, memory; see docs/how_it_works.md",
     )
     num_clones: CountOrZero = setting(
         0, METHOD, "clones that an edge trains; 0 takes the number of the variant"
@@ -172,7 +176,7 @@ class Settings:
         0, METHOD, "ensembles in the temporal memory; 0 takes the number of the variant"
     )
     preset: Annotated[str, one_of(*PRESETS)] = setting(
-        "practical", METHOD, "form of Phase 2, explained in docs/how_it_works.md"
+        "practical", METHOD, "options of Phase 2 as a whole; see docs/how_it_works.md"
     )
     temperature: Amount = setting(
         0.0, METHOD, "temperature of the distillation; 0 takes the value of the preset"
@@ -236,7 +240,7 @@ class Settings:
     baseline_rounds: Count = setting(
         9,
         RUN,
-        "rounds of fedavg and fedprox, with all edges; fedasync and fedbuff take as many answers",
+        "rounds of fedavg and fedprox; fedasync and fedbuff take num-edges times as many answers",
         "Flower run",
     )
     proximal_mu: Amount = setting(0.01, RUN, "mu of fedprox", "Flower run")
@@ -285,6 +289,9 @@ class Settings:
     batch_clones: Switch = setting(
         "auto", SPEED, "training of all clones in one pass, instead of one by one", "speed"
     )
+    workers: CountOrZero = setting(
+        0, SPEED, "clones that train side by side on a CPU; 0 takes as many as threads", "speed"
+    )
     bf16: Switch = setting("auto", SPEED, "bfloat16 instead of float32 in the models", "speed")
     compile: Switch = setting("auto", SPEED, "compilation of clones that train one by one", "speed")
     cuda_graphs: bool = setting(
@@ -304,8 +311,9 @@ class Settings:
         values: dict[str, Any] = {}
         for key, value in config.items():
             if key not in known:
-                likely = get_close_matches(key, known) or known
-                raise ValueError(f"run-config {key}: expected a known key ({', '.join(likely)})")
+                nearest = get_close_matches(key, known)
+                hint = f"nearest: {', '.join(nearest)}" if nearest else ALL_KEYS
+                raise ValueError(f"run-config {key}: expected a known key ({hint})")
             whole = known[key].kind is float and type(value) is int
             values[key.replace("-", "_")] = float(value) if whole else value
         return cls(**values)
@@ -321,7 +329,7 @@ class Settings:
         if not delays_fit or len(self.delays) > self.num_edges:
             self._fail("edge_delays", f"at most {self.num_edges} numbers of seconds")
         if self.dataset in ("npz", "huggingface") and not self.data_path:
-            self._fail("data_path", f"where the {self.dataset} data is")
+            self._fail("data_path", f"the place of the {self.dataset} data")
         if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
             self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
 

@@ -1,6 +1,9 @@
 """One training loop for every phase and baseline."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from .lanes import Lane, lanes
 from .losses import Batch, Loss, Targets, cross_entropy
 from .progress import Progress
 from .recipe import Epoch, Recipe, fold_in
-from .runtime import Plan, Runtime, samples_at_once, settings
+from .runtime import Plan, Runtime, available_threads, samples_at_once, settings
 from .step import Outcome, RecordedStep, Step, StepFunction
 
 
@@ -60,7 +63,6 @@ def fit(
     num_clones = size(ensemble)
     num_batches = len(_batch_sizes(len(inputs), recipe.batch_size))
     generators = [torch.Generator().manual_seed(fold_in(seed, e)) for e in range(num_clones)]
-    progress = Progress(runtime.log, phase, recipe.epochs, num_clones * len(inputs))
     with settings(runtime, seed):
         clone_lanes, plan = lanes(
             model,
@@ -73,12 +75,16 @@ def fit(
         )
         if not clone_lanes[0].leaves:
             raise ValueError("model: expected a parameter that requires a gradient, got none")
-        step = make_step(clone_lanes, recipe, loss, num_clones, plan)
-        history = list[Epoch]()
-        for epoch in range(recipe.epochs):
+        steps = make_steps(clone_lanes, recipe, loss, num_clones, plan)
+        progress = Progress(runtime.log, phase, recipe.epochs, num_clones * len(inputs), len(steps))
+        clones_per_step = num_clones // len(steps)
+
+        def train_epoch(place: int, epoch: int) -> Tensor:
+            """Train the clones of one step for one epoch; return the sums of `_Meter`."""
+            first = place * clones_per_step
             feeds = [
                 _epoch_batches(inputs, labels, recipe, generator, epoch, view_seed)
-                for generator in generators
+                for generator in generators[first : first + clones_per_step]
             ]
             meter = _Meter(recipe.stop is not None)
             for index, batches in enumerate(zip(*feeds)):
@@ -86,12 +92,18 @@ def fit(
                     batches = tuple(b._replace(targets=targets(b)) for b in batches)
                 share_done = (epoch * num_batches + index) / (recipe.epochs * num_batches)
                 lr = recipe.lr * recipe.schedule(share_done)
-                meter.add(step(batches, lr), batches)
-                progress.step(epoch, (index + 1) / num_batches)
-            if recipe.stop is not None:
-                history.append(meter.epoch())
-                if recipe.stop(history):
-                    break
+                meter.add(steps[place](batches, lr), batches)
+                progress.step(epoch, (index + 1) / num_batches, place)
+            return meter.sums()
+
+        history = list[Epoch]()
+        with side_by_side(plan) as run_all:
+            for epoch in range(recipe.epochs):
+                sums = run_all(partial(train_epoch, epoch=epoch), range(len(steps)))
+                if recipe.stop is not None:
+                    history.append(_mean_of_epoch(sums))
+                    if recipe.stop(history):
+                        break
         parts = [lane.read() for lane in clone_lanes]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in ensemble}
 
@@ -174,14 +186,37 @@ def epoch_views(augment: FiniteViews, num_images: int, view_seed: int, epoch: in
     return augment.draw(num_images, generator)
 
 
-def make_step(
+def make_steps(
     clone_lanes: list[Lane], recipe: Recipe, loss: Loss, num_clones: int, plan: Plan
-) -> StepFunction:
-    """Make the optimisation step that a plan chose: a plain or a recorded one."""
+) -> list[StepFunction]:
+    """Make the steps that a plan chose: one for all lanes, or one for each lane."""
     step = Step(clone_lanes, recipe, loss, num_clones)
-    if not plan.cuda_graphs:
-        return step
-    return RecordedStep(step.parallel, torch.device(plan.device))
+    if plan.cuda_graphs:
+        return [RecordedStep(step.parallel, torch.device(plan.device))]
+    if plan.workers == 1:
+        return [step]
+    return [partial(step.step_lane, index) for index in range(len(clone_lanes))]
+
+
+@contextmanager
+def side_by_side(plan: Plan) -> Iterator[Callable[[Callable[[int], Tensor], range], list[Tensor]]]:
+    """Give a function that calls another one for each place: in turn, or on threads of its own.
+
+    PyTorch releases Python's lock while it computes. Each thread uses its share of PyTorch's
+    threads: many threads for one small operation wait for each other more than they compute.
+    """
+    if plan.workers == 1:
+        yield lambda call, places: [call(place) for place in places]
+        return
+    before = torch.get_num_threads()
+    share = max(1, available_threads() // plan.workers)
+    try:
+        with ThreadPoolExecutor(
+            plan.workers, "flwr-cloned-kd-clone", torch.set_num_threads, (share,)
+        ) as pool:
+            yield lambda call, places: list(pool.map(call, places))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _batch_sizes(num_samples: int, batch_size: int) -> list[int]:
@@ -232,15 +267,21 @@ class _Meter:
     def __init__(self, needed: bool) -> None:
         self._needed = needed
         self._sums = list[Tensor]()
-        self._count = 0
 
     def add(self, outcome: Outcome, batches: tuple[Batch, ...]) -> None:
         if self._needed:
             labels = torch.stack([batch.labels for batch in batches])
-            loss = outcome.losses.sum() * labels.shape[1]
+            # In float64 the sums do not depend on the order in which the clones are added.
+            loss = outcome.losses.double().sum() * labels.shape[1]
             num_correct = (outcome.logits.argmax(-1) == labels).sum()
-            self._sums.append(torch.stack([loss, num_correct]))
-            self._count += labels.numel()
+            count = torch.tensor(labels.numel(), device=loss.device)
+            self._sums.append(torch.stack([loss, num_correct, count]))
 
-    def epoch(self) -> Epoch:
-        return Epoch(*(torch.stack(self._sums).sum(0) / self._count).tolist())
+    def sums(self) -> Tensor:
+        """Return the sums of the loss and of the correct predictions, and the number of samples."""
+        return torch.stack(self._sums).sum(0) if self._sums else torch.zeros(3, dtype=torch.float64)
+
+
+def _mean_of_epoch(sums: list[Tensor]) -> Epoch:
+    loss, num_correct, count = torch.stack(sums).sum(0)
+    return Epoch(float(loss / count), float(num_correct / count))

@@ -59,6 +59,8 @@ def lanes(
         if runtime.batch_clones or _can_batch(model, lane, inputs[:2], size(ensemble)):
             return [lane], chosen
         chosen = plan_for(replace(runtime, batch_clones=False))
+    if chosen.workers > 1 and _draws_random_numbers(model, inputs[:2]):
+        chosen = plan_for(replace(runtime, batch_clones=False, workers=1))
     fold_inputs = None if training or is_small(model) else inputs[:2]
     return [
         _lane_of_one(model, member(ensemble, index), chosen, training, batch_size, fold_inputs)
@@ -80,6 +82,20 @@ def _can_batch(model: nn.Module, lane: Lane, inputs: Tensor, num_clones: int) ->
         for name, tensor in lane.read().items():
             tensor.copy_(before[name])
     return True
+
+
+def _draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
+    """Return whether a model draws from PyTorch's generator while it trains, as dropout does.
+
+    Threads would share the generator, and the order of their draws would change from run to run.
+    """
+    probe = copy.deepcopy(model).to(inputs.device).train()
+    before = torch.default_generator.get_state()
+    with torch.no_grad():
+        probe(inputs)
+    draws = not torch.equal(before, torch.default_generator.get_state())
+    torch.default_generator.set_state(before)
+    return draws
 
 
 def _lane_of_one(
@@ -105,7 +121,7 @@ def _lane_of_one(
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         logits_of = compiled if len(x) == batch_size else module
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=chosen.bf16):
+        with _autocast(x.device, chosen):
             logits: Tensor = logits_of(x)
         return logits.float().unsqueeze(0)
 
@@ -128,11 +144,20 @@ def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: b
     logits_of_all = vmap(logits_of_one)
 
     def run(inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=chosen.bf16):
+        with _autocast(inputs.device, chosen):
             logits: Tensor = logits_of_all(state, inputs)
         return logits.float()
 
     return Lane(leaves, run, lambda: {name: tensor.detach() for name, tensor in state.items()})
+
+
+def _autocast(device: torch.device, chosen: Plan) -> torch.autocast:
+    """Make the context in which a model runs.
+
+    Autocast would keep the weights that it has cast until the outermost context ends. Inside a
+    caller's autocast all steps would then use the weights of the first one.
+    """
+    return torch.autocast(device.type, torch.bfloat16, chosen.bf16, cache_enabled=False)
 
 
 def _template(model: nn.Module, chosen: Plan, training: bool) -> nn.Module:

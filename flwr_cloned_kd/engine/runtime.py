@@ -1,10 +1,12 @@
 """Where and how fast to train: the options, the rules that choose, and determinism."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,22 +43,28 @@ class Runtime:
             a CPU, and only for phases that are long enough for the compilation to save time.
         batch_clones: train all clones in one pass (True) or one by one (False). None: in one pass
             if the model is small, below 50,000 parameters.
+        workers: number of clones that train side by side on a CPU, one thread of Python each. The
+            threads of PyTorch are divided among them. None: as many as there are threads, unless
+            the clones train in one pass or compiled. A model that draws random numbers while it
+            trains (dropout) always trains its clones in turn.
         cuda_graphs: record one step as a CUDA graph and replay it; clones that train one by one
-            become parallel branches. On GPUs only, and not for a loss that reads `batch.epoch`. The
-            result equals that of plain steps bit for bit. Steps of small models take a fifth of
-            the time or less (docs/performance.md).
+            become parallel branches. On GPUs only, and not for a loss that reads `batch.epoch` or a
+            model whose Python code acts differently from step to step. The result equals that of
+            plain steps bit for bit. Steps of small models take a fifth of the time or less
+            (docs/performance.md).
         target_bytes: memory limit for the targets of teachers that are kept from epoch to epoch
             and from round to round; other targets are computed again. 0 keeps no targets.
         log: called with one line every few seconds of a long phase; None logs nothing.
 
     Raises:
-        ValueError: for an unknown device or a negative number of bytes.
+        ValueError: for an unknown device, a negative number of bytes or less than one worker.
     """
 
     device: str = "auto"
     bf16: bool | None = False
     compile: bool | None = False
     batch_clones: bool | None = None
+    workers: int | None = None
     cuda_graphs: bool = False
     target_bytes: int = 2**30
     log: Callable[[str], None] | None = field(default=None, compare=False)
@@ -68,6 +76,8 @@ class Runtime:
             raise ValueError(
                 f"device: expected auto, cpu, cuda, ..., got {self.device!r}"
             ) from error
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {self.workers}")
         if self.target_bytes < 0:
             raise ValueError(f"target_bytes: expected at least 0, got {self.target_bytes}")
 
@@ -106,6 +116,8 @@ class Plan(NamedTuple):
     compile: bool
     batch_clones: bool
     cuda_graphs: bool
+    workers: int = 1
+    """Clones that train side by side."""
 
 
 def plan(
@@ -128,13 +140,30 @@ def plan(
     small = is_small(model)
     batched = num_clones > 1 and (small if runtime.batch_clones is None else runtime.batch_clones)
     bf16 = not small and _multiplies_bf16(device) if runtime.bf16 is None else runtime.bf16
+    workers = 1
+    if training and device.type == "cpu" and not batched and not runtime.compile:
+        workers = min(num_clones, runtime.workers or available_threads())
     compiled = bool(runtime.compile) and not batched
-    if runtime.compile is None and not small and not batched and device.type == "cpu":
+    may_compile = runtime.compile is None and not small and not batched and workers == 1
+    if may_compile and device.type == "cpu":
         passes = num_samples * (3 if training else 1)
         possible = passes > 0 and shutil.which("g++") is not None
         compiled = possible and passes * count_flop(model, inputs[:1]) > MIN_COMPILE_FLOP
     graphs = runtime.cuda_graphs and device.type == "cuda" and training
-    return Plan(str(device), bf16, compiled, batched, graphs)
+    return Plan(str(device), bf16, compiled, batched, graphs, workers)
+
+
+def available_threads() -> int:
+    """Return how many threads this process should use for computing.
+
+    This is PyTorch's number of threads, which `OMP_NUM_THREADS` and Ray set, but not more than the
+    processors that the operating system or a container grants to this process.
+    """
+    processors = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
+    limits = [torch.get_num_threads(), processors or 1, container_processors()]
+    return max(1, min(limits))
 
 
 def is_small(model: nn.Module) -> bool:
@@ -144,9 +173,13 @@ def is_small(model: nn.Module) -> bool:
 
 @contextmanager
 def settings(runtime: Runtime, seed: int) -> Iterator[None]:
-    """Make a device and random modules such as dropout deterministic, then restore both."""
+    """Make a device and random modules such as dropout deterministic, then restore both.
+
+    A caller's autocast is switched off meanwhile: `Runtime.bf16` alone decides.
+    """
     cuda = runtime.target.type == "cuda"
     with ExitStack() as stack:
+        stack.enter_context(torch.autocast(runtime.target.type, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=[runtime.target] * cuda))
         torch.default_generator.manual_seed(seed)
         if cuda:
@@ -157,6 +190,15 @@ def settings(runtime: Runtime, seed: int) -> Iterator[None]:
                 stack.callback(setattr, cudnn, flag, getattr(cudnn, flag))
                 setattr(cudnn, flag, value)
         yield
+
+
+def container_processors(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return how many processors the container of this process may use at the same time."""
+    try:
+        quota, period = path.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no container, another kind of it, or "max": no limit
+        return os.cpu_count() or 1
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

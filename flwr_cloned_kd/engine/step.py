@@ -41,7 +41,8 @@ class Step:
         self._streams: list[torch.cuda.Stream] = []
 
     def __call__(self, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
-        return _joined([self._step_lane(index, batches, lr) for index in range(len(self._lanes))])
+        lanes = range(len(self._lanes))
+        return _joined([self.step_lane(index, self._part(batches, index), lr) for index in lanes])
 
     def parallel(self, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
         """Do the same step with every lane on a CUDA stream of its own.
@@ -57,18 +58,22 @@ class Step:
         for index, stream in enumerate(self._streams):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                outcomes.append(self._step_lane(index, batches, lr))
+                outcomes.append(self.step_lane(index, self._part(batches, index), lr))
         for stream in self._streams:
             current.wait_stream(stream)
         return _joined(outcomes)
 
-    def _step_lane(self, index: int, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
+    def _part(self, batches: Sequence[Batch], index: int) -> Sequence[Batch]:
+        """Return the batches of the clones in one lane."""
+        first = index * self._clones_per_lane
+        return batches[first : first + self._clones_per_lane]
+
+    def step_lane(self, index: int, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
+        """Do the step of one lane, given the batches of its clones."""
         lane = self._lanes[index]
         optimiser = self._optimisers[index]
-        first = index * self._clones_per_lane
-        lane_batches = batches[first : first + self._clones_per_lane]
-        logits = lane.forward(torch.stack([batch.inputs for batch in lane_batches]))
-        losses = torch.stack([self._loss(*pair) for pair in zip(logits, lane_batches)])
+        logits = lane.forward(torch.stack([batch.inputs for batch in batches]))
+        losses = torch.stack([self._loss(*pair) for pair in zip(logits, batches)])
         optimiser.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         if self._mu:

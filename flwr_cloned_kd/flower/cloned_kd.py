@@ -153,8 +153,8 @@ class ClonedKD(AsyncStrategy):
         log(INFO, "\t├── Clones travel as: %s", self.wire_dtype)
         log(INFO, "\t├── Temporal memory: %d", distillation.memory_size)
         log(INFO, "\t├── Temperature: %g", distillation.temperature)
-        log(INFO, "\t├── Student starts at: %s of the clones' movement", _name(start))
-        log(INFO, "\t├── A teacher teaches: %s samples", _name(selection or "all"))
+        log(INFO, "\t├── Student's start, as a share of the clones' movement: %s", _name(start))
+        log(INFO, "\t├── Samples of a teacher: %s", _name(selection or "all"))
         log(INFO, "\t└── Core data: %d samples, seed %d", len(self.core.dataset[1]), self.core.seed)
 
     def _publish(self, state: CoreState) -> None:

@@ -18,7 +18,6 @@ from ..engine.ensemble import (
 )
 from ..engine.fit import accuracy, fit, predict
 from ..engine.inputs import Dataset
-from ..engine.losses import Targets
 from ..engine.losses import distillation as distillation_loss
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
@@ -26,7 +25,8 @@ from .consensus import Venn
 from .distillation import Distillation
 from .guards import Refuses
 from .knowledge import Knowledge
-from .targets import TargetBank, TargetCache, weighted_sum
+from .presets import practical
+from .targets import TargetBank, TargetCache, computed_ahead, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +120,10 @@ class Core:
     `target_cache`, which changes the speed and never the result.
 
     >>> import torch
-    >>> from flwr_cloned_kd import Core, Distillation, Recipe, train_edge
+    >>> from flwr_cloned_kd import Core, Recipe, train_edge
     >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
     >>> recipe = Recipe(epochs=50, batch_size=2)
-    >>> phase2 = Distillation(recipe=recipe)
-    >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe, distillation=phase2)
+    >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe)
     >>> state = core.state(core.pretrain())
     >>> edge = train_edge(core.model, state.params, data, recipe, num_clones=3)
     >>> state, metrics = core.distill(state, edge)
@@ -135,7 +134,7 @@ class Core:
         model: the architecture; its weights are the start of Phase 0.
         dataset: the core data, inputs `[N, ...]` and labels `[N]`.
         recipe: Phase 0.
-        distillation: Phase 2.
+        distillation: Phase 2; None is the preset `practical` of `recipe`.
         guard: (history, training accuracy) -> True to refuse the round (Sec. 5.3); None accepts
             every round.
         held_out: data on which accuracies and the consensus are measured; None measures none.
@@ -149,12 +148,16 @@ class Core:
     model: nn.Module
     dataset: Dataset
     recipe: Recipe = field(default_factory=Recipe)
-    distillation: Distillation = field(default_factory=Distillation)
+    distillation: Distillation = None  # type: ignore[assignment]  # until __post_init__
     guard: Refuses | None = None
     held_out: Dataset | None = None
     seed: int = 0
     runtime: Runtime = field(default_factory=Runtime)
     target_cache: TargetCache = field(default_factory=TargetCache, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.distillation is None:
+            object.__setattr__(self, "distillation", practical(self.recipe))
 
     def pretrain(self, start: StateDict | None = None) -> StateDict:
         """Phase 0: train on the core data, from `start` or from the weights of the model."""
@@ -204,9 +207,8 @@ class Core:
         edge_logits = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
         share = self._share(knowledge)
         student = student_start(self.model, state.params, edge, sent, share)
-        params = self._train_student(
-            student, self._targets(state.params, memory, weights), state.version
-        )
+        teachers, scaled_weights = self._teachers(state.params, memory, weights)
+        params = self._train_student(student, teachers, scaled_weights, state.version)
         check_finite(params, "core after distillation: ")
         train_accuracy = self.train_accuracy(params)
         refused = self.guard is not None and self.guard(state.train_accuracy, train_accuracy)
@@ -273,10 +275,10 @@ class Core:
             raise ValueError(f"student_start: expected 0 to 1 from the function, got {share}")
         return share
 
-    def _targets(
+    def _teachers(
         self, core: StateDict, memory: tuple[Ensemble, ...], weights: tuple[float, ...]
-    ) -> Targets:
-        """Return the targets of Eq. (2): those of the memory and, if it is a teacher, the core."""
+    ) -> tuple[list[TargetBank], list[float]]:
+        """Return the teachers of Eq. (2) with their weights; the core is one if it teaches too."""
         origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime)
         teachers = self.target_cache.banks(memory, self._bank, origin)
         scale = 1 / len(memory) if self.distillation.mean_over_memory else 1.0
@@ -284,7 +286,7 @@ class Core:
         if self.distillation.core_as_teacher:
             teachers = [*teachers, self._bank(clone(core, 1))]
             scaled_weights = [*scaled_weights, 1.0]
-        return weighted_sum(teachers, scaled_weights)
+        return teachers, scaled_weights
 
     def _bank(self, ensemble: Ensemble) -> TargetBank:
         distillation = self.distillation
@@ -301,20 +303,23 @@ class Core:
             runtime=self.runtime,
         )
 
-    def _train_student(self, start: StateDict, targets: Targets, version: int) -> StateDict:
+    def _train_student(
+        self, start: StateDict, teachers: list[TargetBank], weights: list[float], version: int
+    ) -> StateDict:
         distillation = self.distillation
-        trained = fit(
-            self.model,
-            clone(start, 1),
-            self.dataset,
-            distillation.recipe,
-            loss=distillation_loss(distillation.temperature, distillation.student_temperature),
-            targets=targets,
-            seed=fold_in(self.seed, "phase-2", version),
-            view_seed=self._view_seed,
-            runtime=self.runtime,
-            phase="Phase 2",
-        )
+        with computed_ahead(teachers, distillation.recipe, self.runtime) as announce:
+            trained = fit(
+                self.model,
+                clone(start, 1),
+                self.dataset,
+                distillation.recipe,
+                loss=distillation_loss(distillation.temperature, distillation.student_temperature),
+                targets=weighted_sum(teachers, weights, announce),
+                seed=fold_in(self.seed, "phase-2", version),
+                view_seed=self._view_seed,
+                runtime=self.runtime,
+                phase="Phase 2",
+            )
         return member(trained, 0)
 
     @property

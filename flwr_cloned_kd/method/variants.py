@@ -1,20 +1,11 @@
-"""The rows of the table in Fig. 5, and presets of Phase 2."""
+"""The rows of the table in Fig. 5."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..engine.ensemble import StateDict, initialise
-from ..engine.recipe import Recipe, fold_in
+from ..engine.recipe import fold_in
 from .core import Core, CoreState
-from .distillation import Distillation
-from .knowledge import (
-    Selection,
-    StartRule,
-    correct,
-    ensemble_share,
-    label_probability,
-    retained,
-)
 
 Send = Callable[[CoreState], StateDict]
 """State of the core -> model to send to the next edge."""
@@ -67,50 +58,3 @@ VARIANTS = {
 
 The paper prints neither the number of clones nor M; 3 and 3 are what Fig. 2 draws.
 """
-
-
-def paper(recipe: Recipe) -> Distillation:
-    """Run Phase 2 as in the paper: the recipe of all phases, summed KD terms, start at the core."""
-    return Distillation(recipe=recipe)
-
-
-def unselective(recipe: Recipe) -> Distillation:
-    """Run Phase 2 at a fifth of the learning rate, with averaged KD terms, from the clones' mean.
-
-    Every ensemble is a teacher of every sample, as in the paper. That is good for edges with the
-    same class distribution as the core, and harmful for edges with few classes (docs/results.md).
-    """
-    return Distillation(
-        recipe=replace(recipe, lr=recipe.lr / 5), student_start=1.0, mean_over_memory=True
-    )
-
-
-def practical(recipe: Recipe) -> Distillation:
-    """Run Phase 2 with the options that worked best for us on even and on skewed edges.
-
-    The preset changes `unselective` in four ways. An ensemble is a teacher only of the samples that
-    it classifies correctly. The core before the round is a teacher too. The KD terms have less
-    weight (t = 2). The student starts towards the clones only as far as the core keeps its accuracy
-    on the core data (`retained`).
-    """
-    return replace(
-        unselective(recipe),
-        temperature=2.0,
-        core_as_teacher=True,
-        selection=correct,
-        student_start=retained,
-    )
-
-
-PRESETS = {"paper": paper, "practical": practical, "unselective": unselective}
-"""Presets of Phase 2, by their names in run-configs."""
-
-SELECTIONS: dict[str, Selection | None] = {
-    "all": None,
-    "correct": correct,
-    "label-probability": label_probability,
-}
-"""Selections of samples, by their names in run-configs."""
-
-START_RULES: dict[str, StartRule] = {"retained": retained, "ensemble-share": ensemble_share}
-"""Rules for the start of the student, by their names in run-configs."""

@@ -6,7 +6,8 @@ from typing import Any
 from ..apps.build import phase_2
 from ..apps.settings import Settings, affects_result
 from ..io.wire import check_wire_dtype
-from ..method.variants import SELECTIONS, START_RULES, VARIANTS
+from ..method.presets import SELECTIONS, START_RULES
+from ..method.variants import VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,9 +222,10 @@ def test_fedasync_stays_between_the_model_and_the_answer(start, found, counts, a
 @few
 @given(
     order=st.permutations(range(5)),
-    answers=st.lists(st.tuples(st.floats(-100, 100, width=32), st.integers(0, 9)),
-                     min_size=5, max_size=5),
-)  # fmt: skip
+    answers=st.lists(
+        st.tuples(st.floats(-100, 100, width=32), st.integers(0, 9)), min_size=5, max_size=5
+    ),
+)
 def test_the_order_within_a_buffer_does_not_matter(order, answers):
     """Up to the rounding of a float32 of at most 200: 8e-6."""
     ends = []
@@ -346,7 +347,7 @@ HOSTILE = [
         "expected one ArrayRecord, got 2",
         id="two models",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("make", BASELINES)

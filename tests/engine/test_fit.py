@@ -509,3 +509,19 @@ def test_a_model_without_anything_to_train_is_refused():
     model = nn.Linear(4, 3).requires_grad_(False)
     with pytest.raises(ValueError, match="expected a parameter that requires a gradient"):
         fit(model, clone(model.state_dict(), 1), (torch.randn(4, 4), torch.arange(4) % 3), Recipe())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("batch_clones", [False, True])
+def test_an_autocast_of_the_caller_changes_nothing(bf16, batch_clones):
+    """Autocast keeps cast weights until its outermost context ends: they would go stale."""
+    runtime = Runtime(bf16=bf16, batch_clones=batch_clones)
+    data, recipe = images(24), Recipe(epochs=2, batch_size=8)
+
+    def train():
+        return fit(cnn(), clone(cnn().state_dict(), 2), data, recipe, runtime=runtime)
+
+    alone = train()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = train()
+    assert same_bits(inside, alone)

@@ -91,11 +91,11 @@ def recording():
     """Record the steps of all fits in the block on the CPU."""
     counts = Counts()
 
-    def make_step(lanes, recipe, loss, num_clones, plan):
-        return RecordedOnCpu(Step(lanes, recipe, loss, num_clones), counts)
+    def make_steps(lanes, recipe, loss, num_clones, plan):
+        return [RecordedOnCpu(Step(lanes, recipe, loss, num_clones), counts)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "make_step", make_step)
+        patch.setattr(engine, "make_steps", make_steps)
         yield counts
 
 
@@ -298,7 +298,7 @@ def test_a_plan_with_graphs_makes_a_recorded_step_on_its_device(monkeypatch, cud
         num_samples=1,
     )
     plan = Plan("cuda:1", False, False, False, cuda_graphs)
-    made = engine.make_step(parts, RECIPE, distillation(4), 2, plan)
+    (made,) = engine.make_steps(parts, RECIPE, distillation(4), 2, plan)
     if not cuda_graphs:
         assert isinstance(made, Step)
     else:

@@ -111,7 +111,7 @@ def test_two_runs_and_the_plain_loop_give_the_same_rounds(tmp_path):
     ("config", "message"),
     [
         ("variant='CEN'", "run-config variant: expected one of IsPP, IPP"),
-        ("varaint='CEM'", "run-config varaint: expected a known key (variant)"),
+        ("varaint='CEM'", "run-config varaint: expected a known key (nearest: variant)"),
         ("lr=", "--run-config: expected key=value pairs, got 'lr='"),
         ("model=resnet-8", "--run-config model=resnet-8"),
     ],
@@ -192,7 +192,7 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, argument
 def test_a_wrong_setting_ends_the_runner(tmp_path):
     result = run_app(tmp_path, "varaint='CEM'")
     assert result.returncode == 2
-    assert "run-config varaint: expected a known key (variant)" in result.stderr
+    assert "run-config varaint: expected a known key (nearest: variant)" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -333,8 +333,19 @@ def test_a_round_is_told_in_the_words_of_cloned_kd(flower_log):
     """One line per round, the ensemble's accuracy in it, and the keys that the docs name."""
     rows = []
     run(legacy(small_core(), on_round=rows.append), LegacyGrid(apps(1)), rounds=1)
-    named = {"round", "edge", "accepted", "cause", "staleness", "bytes-down", "bytes-up",
-             "edge-seconds", "core-seconds", "num-clones", "core-accuracy"}  # fmt: skip
+    named = {
+        "round",
+        "edge",
+        "accepted",
+        "cause",
+        "staleness",
+        "bytes-down",
+        "bytes-up",
+        "edge-seconds",
+        "core-seconds",
+        "num-clones",
+        "core-accuracy",
+    }
     assert named <= rows[0].keys()
     theirs = []
     strategy = ClonedKD(small_core(), num_clones=2, on_round=theirs.append)

@@ -238,7 +238,8 @@ def test_weighted_targets_by_hand():
     returned = [torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])]
     target = weighted_sum([lambda batch: returned[0], lambda batch: returned[1]], [0.5, 2.0])
     for _ in range(2):
-        assert target(None).flatten().tolist() == pytest.approx([1.3, 1.2])
+        batch = Batch(DATA[0], DATA[1], DATA[1])
+        assert target(batch).flatten().tolist() == pytest.approx([1.3, 1.2])
     assert returned[0].tolist() == [pytest.approx([0.2, 0.8])]
 
 

@@ -6,6 +6,7 @@ import torch
 from flwr_cloned_kd import (
     PRESETS,
     VARIANTS,
+    Core,
     CoreState,
     Distillation,
     Recipe,
@@ -14,7 +15,7 @@ from flwr_cloned_kd import (
     practical,
     unselective,
 )
-from flwr_cloned_kd.method.variants import paper
+from flwr_cloned_kd.method.presets import paper
 from tests.helpers.cores import make_core
 from tests.helpers.reference import distance, images, mlp, same_bits, snapshot
 
@@ -119,3 +120,10 @@ def test_the_unselective_preset_differs_by_rate_start_and_mean():
 def test_presets_are_found_by_name():
     presets = {"paper": paper, "practical": practical, "unselective": unselective}
     assert presets == PRESETS
+
+
+def test_a_core_without_a_distillation_takes_our_preset_of_its_recipe():
+    recipe = Recipe(epochs=3, lr=0.5)
+    core = Core(model=mlp(), dataset=images(8), recipe=recipe)
+    assert core.distillation == practical(recipe)
+    assert replace(core, recipe=Recipe(epochs=9)).distillation == practical(recipe)
