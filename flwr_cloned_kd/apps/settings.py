@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ..engine.inputs import CropAndFlip
 from ..engine.runtime import Runtime
+from ..io.wire import WIRE_DTYPES
 from ..method.guards import TrainAccuracyDrop, TrainAccuracyJump
 from ..method.presets import PRESETS
 from ..method.variants import VARIANTS
@@ -269,6 +270,9 @@ class Settings:
     )
     fedbuff_size: Count = setting(3, RUN, "answers in the buffer of fedbuff", "Flower run")
     fedbuff_lr: Rate = setting(0.5, RUN, "server learning rate of fedbuff", "Flower run")
+    wire_dtype: Annotated[str, one_of(*WIRE_DTYPES)] = setting(
+        "float32", RUN, "form in which models travel with cloned-kd", "Flower run"
+    )
     checkpoint: str = setting(
         "",
         RUN,

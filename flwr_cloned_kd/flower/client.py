@@ -1,17 +1,20 @@
 """The edge: a NumPyClient that trains clones, and one client app for both Flower APIs."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
     Context,
     Message,
+    MessageType,
     MetricRecord,
     RecordDict,
 )
@@ -26,8 +29,10 @@ from ..engine.inputs import Dataset
 from ..engine.losses import Batch, cross_entropy
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
+from ..io.messages import only
+from ..io.wire import KEY, check_wire_dtype, decode_request, encode_reply
 from ..method.core import train_edge
-from .mods import guarded
+from .mods import CallNext, guarded
 
 LEGACY_REQUESTS = ("fitins.", "evaluateins.", "getparametersins.", "getpropertiesins.")
 
@@ -146,7 +151,8 @@ def edge_app(
 
     Message API: "train" and "evaluate" take one ArrayRecord and an optional ConfigRecord. "query"
     returns the name of this edge: the "name" of its node config, or else the "partition-id".
-    Legacy API: every request that `ServerAppComponents` sends.
+    Legacy API: every request that `ServerAppComponents` sends. In both APIs, "wire-dtype" in the
+    config of a "train" request decides the form in which the arrays of the reply travel.
 
     Args:
         client_fn: called for every request but "query". Returns an `EdgeClient` or any other
@@ -155,7 +161,7 @@ def edge_app(
             own mods handle one model and reply to a request for clones with an error that says
             so. `ClipClones` and `LocalDpClones` handle ensembles.
     """
-    guarded_mods = guarded(mods)
+    guarded_mods = [in_wire_dtype, *guarded(mods)]
     app = _EdgeApp()
     app.legacy = ClientApp(lambda context: client_fn(context).to_client(), mods=guarded_mods)
 
@@ -182,6 +188,40 @@ def edge_app(
         return Message(RecordDict({"config": config}), reply_to=message)
 
     return app
+
+
+def in_wire_dtype(message: Message, context: Context, call_next: CallNext) -> Message:
+    """Client mod: reply in the form that "wire-dtype" of the request's config names.
+
+    It is the outermost mod, so that the client and its other mods handle float32 arrays only.
+
+    Raises:
+        ValueError: if the form is unknown.
+    """
+    configs = message.content.config_records.values()
+    wire_dtype = next((config[KEY] for config in configs if KEY in config), None)
+    if wire_dtype is None or message.metadata.message_type != MessageType.TRAIN:
+        return call_next(message, context)
+    check_wire_dtype(wire_dtype, KEY)
+    sent = decode_request(_tensors(only(message.content.array_records, "ArrayRecord")))
+    reply = call_next(_with_arrays(message, sent), context)
+    if reply.has_error():
+        return reply
+    edge = _tensors(only(reply.content.array_records, "ArrayRecord"))
+    return _with_arrays(reply, encode_reply(edge, sent, str(wire_dtype)))
+
+
+def _tensors(record: ArrayRecord) -> StateDict:
+    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+
+
+def _with_arrays(message: Message, tensors: StateDict) -> Message:
+    """Return a copy of a message with other arrays in its only ArrayRecord."""
+    changed = copy.copy(message)
+    key = next(iter(message.content.array_records))
+    arrays = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+    changed.content = RecordDict({**message.content, key: arrays})
+    return changed
 
 
 def _numpy_client(client: NumPyClient | Client) -> NumPyClient:

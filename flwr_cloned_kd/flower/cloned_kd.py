@@ -13,6 +13,7 @@ from ..asynchronous.staleness import StalenessWeight
 from ..asynchronous.strategy import AsyncStrategy, LoopOptions
 from ..engine.ensemble import StateDict, member, size
 from ..io.messages import ensemble_of, metrics_of, only
+from ..io.wire import KEY, check_wire_dtype, encode_request, received
 from ..method.core import Core, CoreState, edge_seed
 from ..method.variants import Send, cloned
 
@@ -30,9 +31,12 @@ class ClonedKD(AsyncStrategy):
         num_clones: E, how many clones each edge trains; 1 is no ensemble.
         staleness_weight: staleness -> weight of that edge's KD term; None is always 1.
         send: what an edge starts from; `cloned` sends the core, see `variants` for others.
+        wire_dtype: "float32", "float16", "bfloat16" or "int8": the form in which an edge should
+            return its clones, see docs/protocol.md. All but "float32" halve the bytes of a request
+            too, and round the numbers. An edge may always reply in float32.
         loop: options of `AsyncStrategy`: `max_in_flight` (1 is Algorithm 1), `max_staleness`,
             `revisit`, `max_failures`, `on_round`, `checkpoint`. A resumed run must have the same
-            core seed, core data, number of clones, `send` and distillation.
+            core seed, core data, number of clones, `send`, `wire_dtype` and distillation.
 
     Raises:
         ValueError: for a number out of range.
@@ -45,17 +49,21 @@ class ClonedKD(AsyncStrategy):
         num_clones: int = 3,
         staleness_weight: StalenessWeight | None = None,
         send: Send = cloned,
+        wire_dtype: str = "float32",
         **loop: Unpack[LoopOptions],
     ) -> None:
         super().__init__(**loop)
         if num_clones < 1:
             raise ValueError(f"num_clones: expected at least 1, got {num_clones}")
+        check_wire_dtype(wire_dtype)
         self.core = core
         self.num_clones = num_clones
         self.staleness_weight = staleness_weight
         self.send = send
+        self.wire_dtype = wire_dtype
         self.state: CoreState | None = None
         self._sent: StateDict = {}
+        self._encoded: StateDict = {}
 
     def begin(self, arrays: ArrayRecord) -> None:
         """Start from a core that has learned from no edge yet."""
@@ -79,17 +87,21 @@ class ClonedKD(AsyncStrategy):
         return self.state
 
     def request(self, server_round: int, config: ConfigRecord) -> tuple[RecordDict, StateDict]:
-        """Send the core, the number of clones to train of it, and a seed."""
+        """Send the core, the number of clones to train of it, a seed and the form of the reply."""
         config["num-clones"] = self.num_clones
         config["seed"] = edge_seed(self.core.seed, server_round)
-        content = RecordDict({"arrays": ArrayRecord(self._sent), "config": config})
+        if self.wire_dtype != "float32":
+            config[KEY] = self.wire_dtype
+        content = RecordDict({"arrays": ArrayRecord(self._encoded), "config": config})
         return content, self._sent
 
     def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, float]:
         """Distil the ensemble that an edge returned into the core (Phase 2)."""
         reported = metrics_of(content)
         record = only(content.array_records, "ArrayRecord")
-        edge = ensemble_of(record, self.current.params)
+        edge = ensemble_of(
+            record, self.current.params, sent=dispatch.sent, wire_dtype=self.wire_dtype
+        )
         if size(edge) > self.num_clones:
             raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
         weight = 1.0 if self.staleness_weight is None else self.staleness_weight(staleness)
@@ -126,6 +138,8 @@ class ClonedKD(AsyncStrategy):
             "seed": self.core.seed,
             "core_samples": len(self.core.dataset[1]),
             "send": _name(self.send),
+            # None, as in the checkpoints of a version without this option.
+            "wire_dtype": None if self.wire_dtype == "float32" else self.wire_dtype,
             **numbers,
             **rules,
         }
@@ -136,6 +150,7 @@ class ClonedKD(AsyncStrategy):
         distillation = self.core.distillation
         start, selection = distillation.student_start, distillation.selection
         log(INFO, "\t├── Clones per edge: %d", self.num_clones)
+        log(INFO, "\t├── Clones travel as: %s", self.wire_dtype)
         log(INFO, "\t├── Temporal memory: %d", distillation.memory_size)
         log(INFO, "\t├── Temperature: %g", distillation.temperature)
         log(INFO, "\t├── Student's start, as a share of the clones' movement: %s", _name(start))
@@ -148,7 +163,9 @@ class ClonedKD(AsyncStrategy):
         with self.publishing:
             self.state = state
             self.version = state.version
-            self._sent = sent
+            # What the edge reads: the core counts the clones' movement from there.
+            self._sent = received(sent, self.wire_dtype)
+            self._encoded = encode_request(sent, self.wire_dtype)
 
 
 def _name(rule: Callable[..., Any] | float | str) -> str:

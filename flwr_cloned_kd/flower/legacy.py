@@ -27,6 +27,7 @@ from ..asynchronous.session import Dispatch, Session
 from ..engine.ensemble import StateDict, member
 from ..engine.losses import Batch, cross_entropy
 from ..io.messages import MAX_CHARACTERS, MAX_NAME_CHARACTERS, ensemble_of, num_bytes
+from ..io.wire import scale_names
 from ..method.core import Core, CoreState
 from ..method.variants import Send, cloned
 from .cloned_kd import ClonedKD
@@ -52,6 +53,7 @@ class LegacyClonedKD(Strategy):
         params: the first core, such as `core.pretrain()`.
         num_clones: E, how many clones each edge trains; 1 is no ensemble.
         send: what an edge starts from; `cloned` sends the core, see `variants` for others.
+        wire_dtype: the form in which an edge should return its clones, see `ClonedKD`.
         revisit: ask edges again once all present edges were asked as often.
         timeout: seconds to wait for an edge that was not asked yet. Once they have passed, later
             rounds look only once whether such an edge is present.
@@ -72,6 +74,7 @@ class LegacyClonedKD(Strategy):
         *,
         num_clones: int = 3,
         send: Send = cloned,
+        wire_dtype: str = "float32",
         revisit: bool = False,
         timeout: float = 3600.0,
         on_fit_config_fn: Callable[[int], dict[str, Scalar]] | None = None,
@@ -83,7 +86,9 @@ class LegacyClonedKD(Strategy):
         self.timeout = timeout
         self.on_fit_config_fn = on_fit_config_fn
         self.on_round = on_round
-        self._method = ClonedKD(core, num_clones=num_clones, send=send, revisit=revisit)
+        self._method = ClonedKD(
+            core, num_clones=num_clones, send=send, wire_dtype=wire_dtype, revisit=revisit
+        )
         self._like = core.model.state_dict()
         self._first = member(ensemble_of(ArrayRecord(params), self._like), 0)
         self._session = Session(revisit)
@@ -111,8 +116,9 @@ class LegacyClonedKD(Strategy):
             return []
         further = self.on_fit_config_fn(server_round) if self.on_fit_config_fn else {}
         own_config = ConfigRecord({"server-round": server_round})
-        _, sent = self._method.request(server_round, own_config)
-        request = to_parameters(sent)
+        content, sent = self._method.request(server_round, own_config)
+        arrays = content.array_records["arrays"].values()
+        request = Parameters([array.data for array in arrays], "numpy.ndarray")
         now = time.monotonic()
         dispatch = Dispatch(
             node_id=_node_of(client),
@@ -143,7 +149,8 @@ class LegacyClonedKD(Strategy):
         bytes_up = 0
         metrics: dict[str, Any] = {"accepted": 0.0}
         try:
-            content = content_of(results, failures, list(self._like))
+            scales = scale_names(self._like, self._method.wire_dtype)
+            content = content_of(results, failures, list(self._like), scales)
             bytes_up = num_bytes(content)
             metrics |= self._method.absorb(dispatch, content, 0)
         except ValueError as error:
@@ -183,7 +190,7 @@ class LegacyClonedKD(Strategy):
         """Return the core's cross entropy and accuracy on held-out data, None if there is none."""
         if self.core.held_out is None:
             return None
-        arrays = record_of(parameters, list(self._like))
+        arrays = record_of(parameters, list(self._like), [])
         logits = self.core.predictions(member(ensemble_of(arrays, self._like), 0))
         inputs, labels = self.core.held_out
         loss = float(cross_entropy(logits, Batch(inputs, labels, labels)))
@@ -244,13 +251,19 @@ def to_parameters(params: StateDict) -> Parameters:
     return ndarrays_to_parameters([tensor.numpy() for tensor in params.values()])
 
 
-def record_of(parameters: Parameters, names: list[str]) -> ArrayRecord:
+def record_of(parameters: Parameters, names: list[str], scales: list[str]) -> ArrayRecord:
     """Give the core's names to arrays that are identified by position; decode none of them.
 
+    Args:
+        names: of the arrays of the model.
+        scales: names of the further arrays of a reply with int8 codes.
+
     Raises:
-        ValueError: if their number differs from the number of names.
+        ValueError: if the number of arrays differs from the number of names.
     """
     tensors, kind = parameters.tensors, parameters.tensor_type
+    if len(tensors) == len(names) + len(scales):
+        names = [*names, *scales]
     if len(tensors) != len(names):
         raise ValueError(f"parameters: expected {len(names)} arrays, got {len(tensors)}")
     return ArrayRecord(
@@ -262,9 +275,16 @@ def record_of(parameters: Parameters, names: list[str]) -> ArrayRecord:
 
 
 def content_of(
-    results: list[tuple[ClientProxy, FitRes]], failures: list[Failure], names: list[str]
+    results: list[tuple[ClientProxy, FitRes]],
+    failures: list[Failure],
+    names: list[str],
+    scales: list[str],
 ) -> RecordDict:
     """Return the reply of the one client that was asked, in the form of the Message API.
+
+    Args:
+        names: of the arrays of the model, in the order of its state dict.
+        scales: names of the further arrays of a reply with int8 codes.
 
     Raises:
         ValueError: for anything but one good reply, with the cause.
@@ -284,7 +304,7 @@ def content_of(
         raise ValueError(f"expected status OK, got {status}")
     claims: dict[str, Any] = {**reply.metrics, "num-examples": reply.num_examples}
     metrics = MetricRecord({k: v for k, v in claims.items() if type(v) in (int, float)})
-    return RecordDict({"arrays": record_of(reply.parameters, names), "metrics": metrics})
+    return RecordDict({"arrays": record_of(reply.parameters, names, scales), "metrics": metrics})
 
 
 def name_of(client: ClientProxy) -> str:

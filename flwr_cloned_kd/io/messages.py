@@ -7,7 +7,8 @@ from typing import Any, TypeGuard, TypeVar
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from ..engine.ensemble import Ensemble, as_ensemble
+from ..engine.ensemble import Ensemble, StateDict, as_ensemble
+from .wire import decode_reply
 
 Record = TypeVar("Record")
 
@@ -38,8 +39,21 @@ def only(records: Mapping[str, Record], kind: str) -> Record:
     return next(iter(records.values()))
 
 
-def ensemble_of(record: ArrayRecord, like: Mapping[str, Tensor]) -> Ensemble:
-    """Decode an ArrayRecord, whose headers may be wrong, and check it with `as_ensemble`."""
+def ensemble_of(
+    record: ArrayRecord,
+    like: Mapping[str, Tensor],
+    *,
+    sent: StateDict | None = None,
+    wire_dtype: str = "float32",
+) -> Ensemble:
+    """Decode an ArrayRecord, whose headers may be wrong, and check it with `as_ensemble`.
+
+    Args:
+        like: state dict of the core.
+        sent: the model that the edge was sent, from which it counts the clones' movement. Needed
+            unless `wire_dtype` is "float32".
+        wire_dtype: the requested form of the arrays, see `wire`.
+    """
     arrays: dict[str, Any] = {}
     for name, array in record.items():
         try:
@@ -47,7 +61,7 @@ def ensemble_of(record: ArrayRecord, like: Mapping[str, Tensor]) -> Ensemble:
         except Exception as error:  # NumPy raises errors of many types for malformed bytes
             cause = f"{type(error).__name__}: {str(error)[:MAX_CHARACTERS]}"
             raise ValueError(f"{name[:80]!r}: expected a NumPy array, got {cause!r}") from None
-    return as_ensemble(arrays, like)
+    return as_ensemble(decode_reply(arrays, sent or {}, wire_dtype), like)
 
 
 def metrics_of(content: RecordDict) -> dict[str, float]:

@@ -15,6 +15,7 @@ from ..engine.ensemble import Ensemble, StateDict, clone, size
 from ..engine.fit import accuracy, predict
 from ..engine.inputs import Dataset
 from ..engine.recipe import fold_in
+from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
 from ..method.core import Core, CoreState, edge_seed, train_edge
 from ..method.variants import VARIANTS, Send, independent
@@ -103,11 +104,15 @@ class _Trained(NamedTuple):
         ensemble: `[E, ...]`, the clones of all edges.
         num_images: the number of images of each edge.
         dataset: the images of all edges.
+        bytes_down: what all edges were sent.
+        bytes_up: what all edges sent.
     """
 
     ensemble: Ensemble
     num_images: list[int]
     dataset: Dataset
+    bytes_down: int
+    bytes_up: int
 
 
 def play(run: Run, state: RunState | None = None) -> Iterator[tuple[Record, RunState]]:
@@ -168,7 +173,9 @@ def _machine(core: Core) -> str:
 def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunState]:
     server_round = before.server_round + 1
     edges, late = run.visits(server_round)
-    sent = setup.send(replace(before.core, params=before.past[-1 - late]))
+    origin = setup.send(replace(before.core, params=before.past[-1 - late]))
+    # Only what private edges get and return travels.
+    sent = received(origin, run.wire_dtype) if run.edge_data == "private" else origin
     trained = _train_edges(run, setup, sent, edges, server_round)
     if run.combine == "average":
         state, metrics = _average(run, setup, before.core, trained)
@@ -181,7 +188,7 @@ def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunS
         "late": late,
         "tried-accuracy": metrics["core-accuracy"],
         **scores,
-        **_cost(run, setup.core, sent, trained.num_images),
+        **_cost(run, setup.core, trained),
     }
     latest = max((late for _, late in run.order), default=0)
     past = (*before.past, state.params)[-1 - latest :]
@@ -198,6 +205,8 @@ def _train_edges(
     else:
         datasets = [take(setup.train, setup.parts[1 + edge]) for edge in edges]
     ensembles = []
+    bytes_down = 0
+    bytes_up = 0
     for edge, dataset in zip(edges, datasets):
         if run.edge_data == "none":
             ensembles.append(clone(sent, run.num_clones))
@@ -207,21 +216,26 @@ def _train_edges(
             seed = edge_seed(core.seed, server_round)
         else:
             seed = fold_in(fold_in(run.settings.seed, "edge", edge), server_round)
-        ensembles.append(
-            train_edge(
-                core.model,
-                sent,
-                dataset,
-                edge_recipe(run.settings, edge, proximal_mu=run.proximal_mu),
-                num_clones=run.num_clones,
-                seed=seed,
-                runtime=core.runtime,
-            )
+        ensemble = train_edge(
+            core.model,
+            sent,
+            dataset,
+            edge_recipe(run.settings, edge, proximal_mu=run.proximal_mu),
+            num_clones=run.num_clones,
+            seed=seed,
+            runtime=core.runtime,
         )
+        if run.edge_data == "private":
+            ensemble, num_bytes = transfer(ensemble, sent, run.wire_dtype)
+            bytes_down += sum(t.nbytes for t in encode_request(sent, run.wire_dtype).values())
+            bytes_up += num_bytes
+        ensembles.append(ensemble)
     return _Trained(
         {name: torch.cat([ensemble[name] for ensemble in ensembles]) for name in sent},
         [len(labels) for _, labels in datasets],
         (torch.cat([x for x, _ in datasets]), torch.cat([y for _, y in datasets])),
+        bytes_down,
+        bytes_up,
     )
 
 
@@ -316,14 +330,11 @@ def _measure(
     }, first_teacher
 
 
-def _cost(run: Run, core: Core, sent: StateDict, num_images: list[int]) -> dict[str, int]:
-    """Count the bytes exchanged in a round and the images trained on."""
-    num_bytes = 0
-    if run.edge_data == "private":
-        num_bytes = len(num_images) * sum(tensor.nbytes for tensor in sent.values())
+def _cost(run: Run, core: Core, trained: _Trained) -> dict[str, int]:
+    """Return the bytes exchanged in a round and the images trained on."""
     images = 0
     if run.edge_data != "none":
-        images += sum(num_images) * run.num_clones * run.settings.edge_epochs
+        images += sum(trained.num_images) * run.num_clones * run.settings.edge_epochs
     if run.combine == "distill":
         images += len(core.dataset[1]) * run.settings.distill_epochs
-    return {"bytes-down": num_bytes, "bytes-up": num_bytes * run.num_clones, "images": images}
+    return {"bytes-down": trained.bytes_down, "bytes-up": trained.bytes_up, "images": images}

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..apps.build import phase_2
 from ..apps.settings import Settings, affects_result
+from ..io.wire import check_wire_dtype
 from ..method.presets import SELECTIONS, START_RULES
 from ..method.variants import VARIANTS
 
@@ -30,6 +31,7 @@ class Run:
         core_share: the share of its part of the data that the core has, in (0, 1].
         central: the core has all the training data.
         oracle: refuse every round of a noisy edge; the round is played and recorded all the same.
+        wire_dtype: the form in which the core and the clones of private data travel, see `io.wire`.
     """
 
     settings: Settings
@@ -44,6 +46,10 @@ class Run:
     core_share: float = 1.0
     central: bool = False
     oracle: bool = False
+    wire_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_wire_dtype(self.wire_dtype)
 
     @property
     def num_rounds(self) -> int:
@@ -75,6 +81,8 @@ def describe(run: Run) -> dict[str, Any]:
     for name in ("preset", "distill_augment"):
         del settings[name]
     description = {option.name: getattr(run, option.name) for option in fields(run)}
+    if run.wire_dtype == "float32":
+        del description["wire_dtype"]  # Records from before this option keep their keys.
     return description | {
         "settings": settings,
         "order": [list(visit) for visit in run.order],

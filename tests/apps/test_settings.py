@@ -94,6 +94,7 @@ def test_the_knobs_that_do_not_affect_the_plain_loop_are_these():
         "staleness_weight",
         "strategy",
         "timeout",
+        "wire_dtype",
         "workers",
     }
 

@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flwr_cloned_kd import FedAsync, FedBuff, edge_seed, member, take, train_edge
 from flwr_cloned_kd.apps.build import build_core, load, recipe, split
+from flwr_cloned_kd.io.wire import received, transfer
 from flwr_cloned_kd.paper import rounds
 from flwr_cloned_kd.paper.rounds import RunState, play, weighted_mean
 from flwr_cloned_kd.paper.runs import Run
@@ -182,3 +183,49 @@ def test_a_state_of_a_run_survives_its_form_on_disk(tiny):
     assert all(same(one, other) for one, other in zip(restored.core.memory, state.core.memory))
     assert restored.core.train_accuracy == state.core.train_accuracy
     assert restored.core.memory_weights == state.core.memory_weights
+
+
+@pytest.mark.parametrize("wire_dtype", ["float16", "int8"])
+def test_what_travels_in_a_smaller_form_is_rounded_in_both_directions(tiny, wire_dtype):
+    run = Run(settings=tiny, wire_dtype=wire_dtype)
+    core, (train, _) = build_core(tiny), load(tiny)
+    state = core.state(core.pretrain())
+    for i, rows in enumerate(split(tiny, train[1])[1:], start=1):
+        sent = received(state.params, wire_dtype)
+        seed = edge_seed(core.seed, i)
+        edge_data = take(train, rows)
+        edge = train_edge(core.model, sent, edge_data, recipe(tiny, 1), num_clones=3, seed=seed)
+        edge, num_bytes = transfer(edge, sent, wire_dtype)
+        state, _ = core.distill(state, edge, sent=sent)
+    *_, (record, last) = play(run)
+    assert same(last.core.params, state.params)
+    assert record["bytes-up"] == num_bytes
+    floats = sum(
+        tensor.numel() for tensor in state.params.values() if tensor.dtype.is_floating_point
+    )
+    counters = len(state.params) - sum(
+        tensor.dtype.is_floating_point for tensor in state.params.values()
+    )
+    assert record["bytes-down"] == 2 * floats + 8 * counters
+
+
+@pytest.mark.parametrize("edge_data", ["core", "none"])
+def test_what_does_not_travel_is_not_rounded(tiny, edge_data):
+    plain, rounded = (
+        cores_of(Run(settings=tiny, edge_data=edge_data, wire_dtype=form))
+        for form in ("float32", "int8")
+    )
+    assert all(same(one, other) for one, other in zip(plain, rounded))
+
+
+def test_edges_side_by_side_each_travel_in_the_smaller_form(tiny):
+    options = {"combine": "average", "edges_per_round": 3, "wire_dtype": "float16"}
+    _, record = records_of(Run(settings=tiny, **options))
+    _, whole = records_of(Run(settings=tiny, **(options | {"wire_dtype": "float32"})))
+    for way in ("bytes-down", "bytes-up"):
+        assert whole[way] / 2 < record[way] < whole[way] / 1.9
+
+
+def test_an_unknown_form_of_a_run_is_refused(tiny):
+    with pytest.raises(ValueError, match="wire_dtype: expected one of float32"):
+        Run(settings=tiny, wire_dtype="int4")

@@ -9,7 +9,7 @@ import pytest
 
 from flwr_cloned_kd.io.checkpoint import newest, previous, write
 from flwr_cloned_kd.paper import store
-from flwr_cloned_kd.paper.runs import Run
+from flwr_cloned_kd.paper.runs import Run, describe
 from flwr_cloned_kd.paper.store import key, records, stored
 
 
@@ -177,7 +177,14 @@ def test_the_hash_is_of_what_determines_a_run(tiny):
         replace(run, settings=replace(tiny, lr=0.2)),
         replace(run, kd_weight=2.0),
         replace(run, mix=0.5),
+        replace(run, wire_dtype="int8"),
         replace(run, distillation={"student_start": 1.0}),
         replace(run, order=((0, 0),)),
     ]
-    assert len({key(run), *map(key, others)}) == 7
+    assert len({key(run), *map(key, others)}) == 8
+
+
+def test_the_default_form_of_the_wire_leaves_the_keys_of_all_records(tiny):
+    run = Run(settings=tiny)
+    assert "wire_dtype" not in describe(run)
+    assert describe(replace(run, wire_dtype="int8")) == describe(run) | {"wire_dtype": "int8"}

@@ -42,6 +42,7 @@ def main(grid: Grid, context: Context) -> None:
             revisit=settings.num_rounds > settings.num_edges,
             checkpoint=settings.checkpoint or None,
             send=variant.init(core),
+            wire_dtype=settings.wire_dtype,
             on_round=partial(report.add, name),
         )
         num_rounds = settings.num_rounds or settings.num_edges
