@@ -168,6 +168,14 @@ def test_an_engine_slower_than_the_textbook_is_refused(tmp_path):
         gpu.read_engine(path, least=1)
 
 
+def test_a_noisy_plain_step_needs_no_recorded_one(tmp_path):
+    """The time is a difference of two measurements, which may be negative for tiny sizes."""
+    path = tmp_path / "steps.json"
+    row = {"depth": 8, "clones": 1, "milliseconds": {"plain": -0.01}}
+    path.write_text(json.dumps({"rows": [row]}))
+    assert gpu.read_steps(path) == {"ResNet-8 x 1 plain": -0.01}
+
+
 @pytest.mark.parametrize(("recorded", "accepted"), [(6.2, True), (40.0, False)])
 def test_recorded_steps_must_not_be_slower_than_plain_ones(tmp_path, recorded, accepted):
     path = tmp_path / "steps.json"
