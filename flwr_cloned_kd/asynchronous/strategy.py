@@ -20,7 +20,7 @@ from .clock import Stepped, clock_of
 from .courier import Courier
 from .resume import SavedRun, load, save
 from .rounds import costs, log_round
-from .session import Answer, Dispatch, Progress, Session
+from .session import Answer, Dispatch, Session
 from .timeline import Event
 
 WAIT_SECONDS = 0.2
@@ -214,7 +214,7 @@ class AsyncStrategy(Strategy):
             if evaluate_fn is not None:  # before the next request: both may use one model
                 _evaluate(evaluate_fn, server_round, self.arrays, result)
             courier.settle(answer)
-            self._save(courier.progress(), result)
+            self._save(courier, result)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -360,7 +360,7 @@ class AsyncStrategy(Strategy):
         self.events = []
         self.history = []
 
-    def _save(self, progress: Progress, result: Result) -> None:
+    def _save(self, courier: Courier, result: Result) -> None:
         """Write a checkpoint, if the run has one."""
         if self.checkpoint is None:
             return
@@ -372,7 +372,7 @@ class AsyncStrategy(Strategy):
             version=self.version,
             tensors=tensors,
             state=state,
-            progress=progress,
+            progress=courier.progress(),
             history=self.history,
             evaluations={number: dict(metrics) for number, metrics in evaluations.items()},
         )
