@@ -19,7 +19,15 @@ from .data.datasets import (
     take,
 )
 from .data.models import digits_cnn, resnet, resnet32
-from .engine.ensemble import Ensemble, StateDict, as_ensemble, clone, initialise, member
+from .engine.ensemble import (
+    Ensemble,
+    StateDict,
+    as_ensemble,
+    clone,
+    initialise,
+    member,
+    trained_state,
+)
 from .engine.fit import accuracy, fit, predict
 from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
 from .engine.losses import cross_entropy, distillation
@@ -118,5 +126,6 @@ __all__ = [
     "step_decay",
     "take",
     "train_edge",
+    "trained_state",
     "unselective",
 ]

@@ -23,12 +23,13 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from torch import nn
 
-from ..engine.ensemble import StateDict, as_ensemble, clone, member
+from ..engine.ensemble import StateDict, as_ensemble, clone, member, trained_state
 from ..engine.fit import accuracy, predict
 from ..engine.inputs import Dataset
 from ..engine.losses import Batch, cross_entropy
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
+from ..io.frozen import FROZEN_KEY, check_frozen
 from ..io.messages import only
 from ..io.wire import KEY, check_wire_dtype, decode_request, encode_reply
 from ..method.core import train_edge
@@ -75,8 +76,8 @@ class EdgeClient(NumPyClient):
         self.max_clones = max_clones
 
     def get_parameters(self, config: dict[str, Scalar]) -> NDArrays:
-        """Return the model's own weights, in the order of its state dict."""
-        return [tensor.numpy() for tensor in self.model.state_dict().values()]
+        """Return the weights of the model that travel, in the order of its state dict."""
+        return [tensor.numpy() for tensor in trained_state(self.model).values()]
 
     def fit(
         self, parameters: NDArrays, config: dict[str, Scalar]
@@ -91,6 +92,7 @@ class EdgeClient(NumPyClient):
         num_clones = int(config.get("num-clones", 1))
         if not 1 <= num_clones <= self.max_clones:
             raise ValueError(f"num-clones: expected 1 to {self.max_clones}, got {num_clones}")
+        check_frozen(self.model, config.get(FROZEN_KEY, ""))
         mu = float(config.get("proximal-mu", self.recipe.proximal_mu))
         own_seed = fold_in(self.seed, int(config.get("server-round", 0)))
         started = time.perf_counter()
@@ -119,7 +121,7 @@ class EdgeClient(NumPyClient):
         return loss, len(labels), {"accuracy": float(accuracy(logits, labels))}
 
     def _params(self, parameters: NDArrays) -> StateDict:
-        like = self.model.state_dict()
+        like = trained_state(self.model)
         if len(parameters) != len(like):
             raise ValueError(f"parameters: expected {len(like)} arrays, got {len(parameters)}")
         # FedAvg averages integer counters into floats; the model needs integers.
