@@ -88,7 +88,7 @@ def train_clones(*, max_clones: int = MAX_CLONES) -> Mod:
         state = context.state
         for index in range(num_clones):
             run_context = copy.copy(context)
-            run_context.state = copy.deepcopy(context.state)
+            run_context.state = _copy(context.state)
             request = _request(message, keys[0], index, fold_in(seed, index))
             try:
                 reply = call_next(request, run_context)
@@ -129,12 +129,26 @@ def _integer(name: str, value: object) -> int:
 def _request(message: Message, key: str, index: int, seed: int) -> Message:
     """Return a copy of the request for one run; the app may change the copy."""
     request = copy.copy(message)
-    request.content = copy.deepcopy(message.content)
+    request.content = _copy(message.content)
     config = request.content.config_records[key]
     del config[NUM_CLONES]
     config["seed"] = seed
     config[CLONE_INDEX] = index
     return request
+
+
+def _copy(records: RecordDict) -> RecordDict:
+    """Copy records, so that no run changes those of another run.
+
+    The copies share the bytes of the arrays, which cannot change. `copy.deepcopy` of an Array fails
+    after Flower has split the array into chunks.
+    """
+    return RecordDict(
+        {
+            name: record.copy() if isinstance(record, ArrayRecord) else copy.deepcopy(record)
+            for name, record in records.items()
+        }
+    )
 
 
 def _failure(message: Message, reply: Message, index: int) -> Message | None:

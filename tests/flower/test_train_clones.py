@@ -19,7 +19,7 @@ from flwr.app import (
 )
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import fixedclipping_mod
+from flwr.clientapp.mod import arrays_size_mod, fixedclipping_mod, message_size_mod
 from flwr.serverapp.strategy import FedAvg
 from torch.nn import functional as F
 
@@ -495,6 +495,25 @@ def test_clones_travel_in_the_form_that_the_request_names(wire_dtype, mods):
     assert same_arrays(arrays, {name: tensor.numpy() for name, tensor in expected.items()})
     received = as_ensemble(decode_reply(arrays, sent, wire_dtype), sent)
     assert torch.allclose(received["w"], ensemble["w"], atol=0.05)
+
+
+def test_flowers_size_mods_work_before_and_after_the_mod():
+    sizes = [message_size_mod, arrays_size_mod]
+    reply = ask(app_of(plain, *sizes, train_clones(), *sizes), request())
+    assert same_arrays(numbers(reply), expected_ensemble())
+
+
+def test_a_message_that_flower_has_split_into_chunks_is_copied():
+    """So has the state of a context, if an app keeps arrays there that it has sent."""
+    content = request()
+    state = RecordDict({"kept": content["arrays"]})
+    for array in content["arrays"].values():
+        array.deflate()
+        assert array.children
+    here = Context(1, 100, {}, state, {})
+    reply = ask(app_of(plain, train_clones()), content, context=lambda: here)
+    assert same_arrays(numbers(reply), expected_ensemble())
+    assert list(here.state["kept"]) == list(SENT)
 
 
 def test_clip_clones_clips_every_clone_before_and_after_the_mod():
