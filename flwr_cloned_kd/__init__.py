@@ -33,10 +33,11 @@ from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
 from .engine.losses import cross_entropy, distillation
 from .engine.recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
 from .engine.runtime import Runtime
-from .flower.client import EdgeClient, edge_app
+from .flower.client import EdgeClient, edge_app, in_wire_dtype
 from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
+from .flower.train_clones import train_clones
 from .method.consensus import Venn
 from .method.core import Core, CoreState, edge_seed, train_edge
 from .method.distillation import Distillation
@@ -108,6 +109,7 @@ __all__ = [
     "ensemble_share",
     "fit",
     "fold_in",
+    "in_wire_dtype",
     "initialise",
     "label_probability",
     "load_cifar100",
@@ -125,6 +127,7 @@ __all__ = [
     "shuffle_labels",
     "step_decay",
     "take",
+    "train_clones",
     "train_edge",
     "trained_state",
     "unselective",

@@ -34,6 +34,7 @@ from ..io.messages import only
 from ..io.wire import KEY, check_wire_dtype, decode_request, encode_reply
 from ..method.core import train_edge
 from .mods import CallNext, guarded
+from .train_clones import MAX_CLONES, NUM_CLONES, check_num_clones
 
 LEGACY_REQUESTS = ("fitins.", "evaluateins.", "getparametersins.", "getpropertiesins.")
 
@@ -65,7 +66,7 @@ class EdgeClient(NumPyClient):
         held_out: Dataset | None = None,
         seed: int = 0,
         runtime: Runtime = Runtime(),
-        max_clones: int = 16,
+        max_clones: int = MAX_CLONES,
     ) -> None:
         self.model = model
         self.dataset = dataset
@@ -89,9 +90,7 @@ class EdgeClient(NumPyClient):
         Raises:
             ValueError: if the arrays do not fit the model, or if a config value is out of range.
         """
-        num_clones = int(config.get("num-clones", 1))
-        if not 1 <= num_clones <= self.max_clones:
-            raise ValueError(f"num-clones: expected 1 to {self.max_clones}, got {num_clones}")
+        num_clones = check_num_clones(config.get(NUM_CLONES, 1), self.max_clones)
         check_frozen(self.model, config.get(FROZEN_KEY, ""))
         mu = float(config.get("proximal-mu", self.recipe.proximal_mu))
         own_seed = fold_in(self.seed, int(config.get("server-round", 0)))
@@ -105,7 +104,7 @@ class EdgeClient(NumPyClient):
             seed=int(config.get("seed", own_seed)),
             runtime=self.runtime,
         )
-        reply = trained if "num-clones" in config else member(trained, 0)
+        reply = trained if NUM_CLONES in config else member(trained, 0)
         seconds = time.perf_counter() - started
         arrays = [tensor.numpy() for tensor in reply.values()]
         return arrays, len(self.dataset[1]), {"train-seconds": seconds}
@@ -195,7 +194,8 @@ def edge_app(
 def in_wire_dtype(message: Message, context: Context, call_next: CallNext) -> Message:
     """Client mod: reply in the form that "wire-dtype" of the request's config names.
 
-    It is the outermost mod, so that the client and its other mods handle float32 arrays only.
+    It is the first mod of a list, so that the client and its other mods handle float32 arrays only.
+    `edge_app` adds it; another client app may list it.
 
     Raises:
         ValueError: if the form is unknown.
