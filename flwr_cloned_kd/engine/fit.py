@@ -274,7 +274,7 @@ class _Meter:
             # In float64 the sums do not depend on the order in which the clones are added.
             loss = outcome.losses.double().sum() * labels.shape[1]
             num_correct = (outcome.logits.argmax(-1) == labels).sum()
-            count = torch.tensor(labels.numel(), device=loss.device)
+            count = torch.full_like(num_correct, labels.numel())  # a GPU need not wait for it
             self._sums.append(torch.stack([loss, num_correct, count]))
 
     def sums(self) -> Tensor:

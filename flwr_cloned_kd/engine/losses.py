@@ -1,6 +1,6 @@
 """Losses of the three phases (Eq. 1 and 2): functions of logits and a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.labels)
 
 
-def soft_target(logits: Tensor, weights: Sequence[float], temperature: float) -> Tensor:
+def soft_target(logits: Tensor, weights: Tensor, temperature: float) -> Tensor:
     """Fold the predictions of K teachers into one target: sum_k w_k softmax(f_k / t).
 
     The gradient of `KL(p || q)` with respect to the student's q is linear in the teacher's p.
@@ -43,11 +43,11 @@ def soft_target(logits: Tensor, weights: Sequence[float], temperature: float) ->
 
     Args:
         logits: logits of the teachers, `[K, B, C]`.
-        weights: one weight per teacher. Eq. (2) gives every clone of an ensemble 1/E, so that each
-            row of the target sums to the number of ensembles.
+        weights: one weight per teacher, `[K]`, with the dtype and on the device of the logits.
+            Eq. (2) gives every clone of an ensemble 1/E, so that each row of the target sums to the
+            number of ensembles.
     """
-    scale = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-    return torch.einsum("k,kbc->bc", scale, (logits / temperature).softmax(-1))
+    return torch.einsum("k,kbc->bc", weights, (logits / temperature).softmax(-1))
 
 
 def distillation(temperature: float, student_temperature: float | None = None) -> Loss:
