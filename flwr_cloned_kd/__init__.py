@@ -25,6 +25,8 @@ from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
 from .engine.losses import cross_entropy, distillation
 from .engine.recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
 from .engine.runtime import Runtime
+from .engine.samples import as_dataset
+from .engine.tasks import Classification, Regression, SeveralLabels, Task
 from .flower.client import EdgeClient, edge_app
 from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
@@ -52,6 +54,7 @@ __all__ = [
     "VARIANTS",
     "AccuracyReached",
     "AsyncStrategy",
+    "Classification",
     "ClipClones",
     "ClonedKD",
     "Constant",
@@ -76,8 +79,11 @@ __all__ = [
     "Plateau",
     "PolynomialStaleness",
     "Recipe",
+    "Regression",
     "Runtime",
+    "SeveralLabels",
     "StateDict",
+    "Task",
     "Trace",
     "TrainAccuracyDrop",
     "TrainAccuracyJump",
@@ -86,6 +92,7 @@ __all__ = [
     "VirtualGrid",
     "accounts",
     "accuracy",
+    "as_dataset",
     "as_ensemble",
     "clone",
     "cloned",

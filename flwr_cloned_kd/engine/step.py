@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .lanes import Lane
 from .losses import Batch, Loss
+from .nested import each_tensor, stack, tensors_of
 from .recipe import Recipe
 
 WARM_UP_STEPS = 3
@@ -72,7 +73,7 @@ class Step:
         """Do the step of one lane, given the batches of its clones."""
         lane = self._lanes[index]
         optimiser = self._optimisers[index]
-        logits = lane.forward(torch.stack([batch.inputs for batch in batches]))
+        logits = lane.forward(stack([batch.inputs for batch in batches]))
         losses = torch.stack([self._loss(*pair) for pair in zip(logits, batches)])
         optimiser.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
@@ -107,9 +108,8 @@ class RecordedStep:
         if len(batches[0].rows) != len(self._fixed[0].rows):
             return self._step(batches, lr)
         for fixed, batch in zip(self._fixed, batches):
-            for old, new in zip(fixed, batch):
-                if isinstance(old, Tensor) and isinstance(new, Tensor):
-                    old.copy_(new)
+            for old, new in zip(_tensors(fixed), _tensors(batch)):
+                old.copy_(new)
         self._lr.fill_(lr)
         self._num_steps += 1
         if self._num_steps <= WARM_UP_STEPS:
@@ -145,8 +145,13 @@ class RecordedStep:
 
 def _copied(batch: Batch) -> Batch:
     targets = None if batch.targets is None else batch.targets.clone()
-    inputs, labels, rows = (part.clone() for part in batch[:3])
+    inputs, labels, rows = (each_tensor(torch.clone, part) for part in batch[:3])
     return Batch(inputs, labels, rows, batch.epoch, targets)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    parts = (batch.inputs, batch.labels, batch.rows, batch.targets)
+    return [tensor for part in parts if part is not None for tensor in tensors_of(part)]
 
 
 def _joined(outcomes: Sequence[Outcome]) -> Outcome:
