@@ -138,7 +138,8 @@ def train(
             optimiser.step()
             step += 1
             losses += value.item() * len(y)
-            correct += (logits.argmax(1) == y).sum().item()
+            if logits.dim() == y.dim() + 1:  # classes
+                correct += (logits.argmax(1) == y).sum().item()
             count += len(y)
         epochs.append(Epoch(losses / count, correct / count))
         if recipe.stop is not None and recipe.stop(epochs):
