@@ -1,9 +1,11 @@
 """Algorithm 1 without a network: the core, its state, and Phases 0 to 2."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from functools import partial
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from ..engine.ensemble import (
@@ -28,7 +30,7 @@ from .distillation import Distillation
 from .guards import Refuses
 from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
-from .targets import TargetBank, TargetCache, computed_ahead, weighted_sum
+from .targets import TargetBank, TargetCache, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +114,17 @@ class CoreState:
             train_accuracy=tuple(header["train_accuracy"]),
             memory_weights=tuple(header["memory_weights"]),
         )
+
+
+class EdgeResult(NamedTuple):
+    """What one edge returned, for `Core.distill_all`."""
+
+    edge: Ensemble
+    """`[E, ...]`, as `as_ensemble` returns it."""
+    sent: StateDict | None = None
+    """The model that the edge was sent; None is the present core."""
+    weight: float = 1
+    """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -212,33 +225,71 @@ class Core:
             ValueError: if a prediction of the edge or a weight of the new core is not finite, or if
                 `weight` is negative or not finite.
         """
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight: expected at least 0, got {weight}")
-        memory_size = self.distillation.memory_size
-        weights_before = state.memory_weights or (1.0,) * len(state.memory)
-        memory = (*state.memory, edge)[-memory_size:]
-        weights = (*weights_before, weight)[-memory_size:]
-        knowledge = self._knowledge(state.params, edge, sent)
-        edge_logits = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
-        share = self._share(knowledge)
-        student = student_start(self.model, state.params, edge, sent, share)
-        teachers, scaled_weights = self._teachers(state.params, memory, weights)
+        state, metrics = self.distill_all(state, [EdgeResult(edge, sent, weight)])
+        return state, metrics[0]
+
+    def distill_all(
+        self, state: CoreState, results: Sequence[EdgeResult]
+    ) -> tuple[CoreState, list[dict[str, float]]]:
+        """Phase 2 for several edges at once, as long as one for a single edge but for the targets.
+
+        Every ensemble is a teacher, besides the M - 1 latest ones of the memory. The student starts
+        from the mean of the movements that the edges have made, each counted from the model that
+        the edge was sent. The memory then holds the last M ensembles, in the order of `results`.
+        For one edge this is `distill`, bit for bit.
+
+        Args:
+            results: at least one; the last is the newest.
+
+        Returns:
+            The new state, or `state` itself if the guard refused the round; and for each edge the
+            metrics of `distill`.
+
+        Raises:
+            ValueError: as `distill`, or without a result.
+        """
+        if not results:
+            raise ValueError("results: expected at least one, got none")
+        for result in results:
+            if not 0 <= result.weight < float("inf"):
+                raise ValueError(f"weight: expected at least 0, got {result.weight}")
+        memory, weights = self._remembered(state, results)
+        core_logits = [self._edge_logits(result.edge, self.dataset[0]) for result in results]
+        held_out_logits = (
+            []
+            if self.held_out is None
+            else [self._edge_logits(result.edge, self.held_out[0]) for result in results]
+        )
+        share = self._share(self._knowledge(state.params, results, torch.cat(core_logits)))
+        student = student_start(self.model, state.params, results, share)
+        teachers, scaled_weights = self._teachers(state.params, memory, weights, len(results))
         params = self._train_student(student, teachers, scaled_weights, state.version)
         check_finite(params, "core after distillation: ")
         train_accuracy = self.train_accuracy(params)
         refused = self.guard is not None and self.guard(state.train_accuracy, train_accuracy)
-        metrics = {
-            "accepted": float(not refused),
-            "train-accuracy": train_accuracy,
-            "known": knowledge.ensemble,
-            "student-start": share,
-        }
-        if edge_logits is not None and self.held_out is not None:
-            metrics |= _compare(self.predictions(params), edge_logits, self.held_out[1], self.task)
+        metrics = [
+            {
+                "accepted": float(not refused),
+                "train-accuracy": train_accuracy,
+                "known": self._known(logits),
+                "student-start": share,
+            }
+            for logits in core_logits
+        ]
+        if self.held_out is not None:
+            predictions = self.predictions(params)
+            for row, logits in zip(metrics, held_out_logits):
+                row |= _compare(predictions, logits, self.held_out[1], self.task)
         if refused:
             return state, metrics
-        history = (*state.train_accuracy, train_accuracy)
-        return CoreState(params, memory, state.version + 1, history, weights), metrics
+        memory_size = self.distillation.memory_size
+        return CoreState(
+            params,
+            memory[-memory_size:],
+            state.version + len(results),
+            (*state.train_accuracy, train_accuracy),
+            weights[-memory_size:],
+        ), metrics
 
     def state(self, params: StateDict) -> CoreState:
         """Make the state of a core after Phase 0, with its training accuracy."""
@@ -271,16 +322,29 @@ class Core:
         check_finite({"logits": logits}, "edge predictions: ")
         return logits
 
-    def _knowledge(self, core: StateDict, edge: Ensemble, sent: StateDict | None) -> Knowledge:
-        inputs, labels = self.dataset
-        logits = self._edge_logits(edge, inputs)
+    def _remembered(
+        self, state: CoreState, results: Sequence[EdgeResult]
+    ) -> tuple[tuple[Ensemble, ...], tuple[float, ...]]:
+        """Return the ensembles that are teachers, oldest first, and the weights of their terms."""
+        num_teachers = self.distillation.memory_size - 1 + len(results)
+        weights = state.memory_weights or (1.0,) * len(state.memory)
+        return (
+            (*state.memory, *(result.edge for result in results))[-num_teachers:],
+            (*weights, *(result.weight for result in results))[-num_teachers:],
+        )
+
+    def _known(self, logits: Tensor) -> float:
+        """Return the accuracy of an ensemble from its outputs `[E, N, ...]` for the core data."""
         target = self.task.target(logits, self.distillation.temperature).mean(0)
-        prediction = self.task.prediction(target)
+        return float(accuracy(self.task.prediction(target), self.dataset[1], self.task))
 
+    def _knowledge(
+        self, core: StateDict, results: Sequence[EdgeResult], logits: Tensor
+    ) -> Knowledge:
         def moved(share: float) -> float:
-            return self.train_accuracy(student_start(self.model, core, edge, sent, share))
+            return self.train_accuracy(student_start(self.model, core, results, share))
 
-        return Knowledge(float(accuracy(prediction, labels, self.task)), moved)
+        return Knowledge(self._known(logits), moved)
 
     def _share(self, knowledge: Knowledge) -> float:
         rule = self.distillation.student_start
@@ -292,11 +356,20 @@ class Core:
         return share
 
     def _teachers(
-        self, core: StateDict, memory: tuple[Ensemble, ...], weights: tuple[float, ...]
+        self,
+        core: StateDict,
+        memory: tuple[Ensemble, ...],
+        weights: tuple[float, ...],
+        num_new: int,
     ) -> tuple[list[TargetBank], list[float]]:
-        """Return the teachers of Eq. (2) with their weights; the core is one if it teaches too."""
+        """Return the teachers of Eq. (2) with their weights; the core is one if it teaches too.
+
+        Args:
+            num_new: number of new ensembles, which share the memory limit of one.
+        """
         origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime, self.task)
-        teachers = self.target_cache.banks(memory, self._bank, origin)
+        make_bank = partial(self._bank, num_new=num_new)
+        teachers = self.target_cache.banks(memory, make_bank, origin)
         scale = 1 / len(memory) if self.distillation.mean_over_memory else 1.0
         scaled_weights = [scale * weight for weight in weights]
         if self.distillation.core_as_teacher:
@@ -304,7 +377,7 @@ class Core:
             scaled_weights = [*scaled_weights, 1.0]
         return teachers, scaled_weights
 
-    def _bank(self, ensemble: Ensemble) -> TargetBank:
+    def _bank(self, ensemble: Ensemble, num_new: int = 1) -> TargetBank:
         distillation = self.distillation
         max_teachers = distillation.memory_size + distillation.core_as_teacher
         return TargetBank(
@@ -316,7 +389,7 @@ class Core:
             temperature=distillation.temperature,
             selection=self._selection,
             task=self.task,
-            max_bytes=self.runtime.target_bytes // max_teachers,
+            max_bytes=self.runtime.target_bytes // (max_teachers * num_new),
             runtime=self.runtime,
         )
 
@@ -324,22 +397,21 @@ class Core:
         self, start: StateDict, teachers: list[TargetBank], weights: list[float], version: int
     ) -> StateDict:
         distillation = self.distillation
-        with computed_ahead(teachers, distillation.recipe, self.runtime) as announce:
-            trained = fit(
-                self.model,
-                clone(start, 1),
-                self.dataset,
-                distillation.recipe,
-                task=self.task,
-                loss=distillation_loss(
-                    distillation.temperature, distillation.student_temperature, self.task
-                ),
-                targets=weighted_sum(teachers, weights, announce),
-                seed=fold_in(self.seed, "phase-2", version),
-                view_seed=self._view_seed,
-                runtime=self.runtime,
-                phase="Phase 2",
-            )
+        trained = fit(
+            self.model,
+            clone(start, 1),
+            self.dataset,
+            distillation.recipe,
+            task=self.task,
+            loss=distillation_loss(
+                distillation.temperature, distillation.student_temperature, self.task
+            ),
+            targets=weighted_sum(teachers, weights),
+            seed=fold_in(self.seed, "phase-2", version),
+            view_seed=self._view_seed,
+            runtime=self.runtime,
+            phase="Phase 2",
+        )
         return member(trained, 0)
 
     @property
@@ -388,23 +460,28 @@ def train_edge(
 
 
 def student_start(
-    model: nn.Module, core: StateDict, edge: Ensemble, sent: StateDict | None, share: float
+    model: nn.Module, core: StateDict, results: Sequence[EdgeResult], share: float
 ) -> StateDict:
-    """Move the core by a share of the clones' mean movement, measured from the model `sent`.
+    """Move the core by a share of the mean movement of all edges.
 
-    Buffers are interpolated between the core and the clones' mean instead, because adding a
-    difference could make a running variance negative. Integer buffers are counters and stay those
-    of the core.
+    The movement of an edge is the mean of its clones minus the model that the edge was sent.
+    Buffers are interpolated between the core and the mean of the edges' buffers instead, because
+    adding a difference could make a running variance negative. Integer buffers are counters and
+    stay those of the core.
     """
     if not share:
         return core
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    origin = sent or core
+    centres = [mean(result.edge) for result in results]
+    origins = [result.sent or core for result in results]
     start = dict(core)
-    for name, centre in mean(edge).items():
-        if core[name].is_floating_point():
-            base = origin[name] if name in trained else core[name]
-            start[name] = core[name] + share * (centre - base)
+    for name, tensor in core.items():
+        if tensor.is_floating_point():
+            movements = [
+                centre[name] - (origin[name] if name in trained else tensor)
+                for centre, origin in zip(centres, origins)
+            ]
+            start[name] = tensor + share * torch.stack(movements).mean(0)
     return start
 
 

@@ -1,8 +1,6 @@
 """Targets of teachers, computed once and kept from epoch to epoch and from round to round."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from ..engine.inputs import Dataset, FiniteViews
 from ..engine.losses import Batch, Targets, soft_target
 from ..engine.nested import Inputs, on_device, rows_of, split_rows
 from ..engine.recipe import Recipe
-from ..engine.runtime import Runtime, available_threads, plan, samples_at_once
+from ..engine.runtime import Runtime, plan, samples_at_once
 from ..engine.tasks import Task, classification
 from .knowledge import Selection
 
@@ -78,17 +76,11 @@ class TargetBank:
         if self._augment is not None and not isinstance(self._augment, FiniteViews):
             return self._target(batch.inputs, self._labels[batch.rows])
         epoch = 0 if self._augment is None else batch.epoch
-        if not self.prepare(epoch):
-            return self._target(batch.inputs, self._labels[batch.rows])
-        return self._kept[epoch][batch.rows].float()
-
-    def prepare(self, epoch: int) -> bool:
-        """Compute and keep the targets of an epoch; return False if they exceed `max_bytes`."""
         if epoch not in self._kept:
             if not self._has_room(epoch):
-                return False
+                return self._target(batch.inputs, self._labels[batch.rows])
             self._kept[epoch] = self._epoch_targets(epoch)
-        return True
+        return self._kept[epoch][batch.rows].float()
 
     @property
     def num_bytes(self) -> int:
@@ -167,60 +159,13 @@ class TargetCache:
         return sum(bank.num_bytes for bank in self._kept[1])
 
 
-@contextmanager
-def computed_ahead(
-    banks: Sequence[TargetBank], recipe: Recipe, runtime: Runtime
-) -> Iterator[Callable[[int], None]]:
-    """Give a function that announces an epoch, so that a worker prepares the next one.
-
-    The worker computes the targets of the next epoch while the student trains, each with half of
-    PyTorch's threads. On a GPU, with a single thread and for an augmentation that is not a finite
-    one, the function does nothing. Targets, their order and the memory limit stay the same.
-    """
-    threads = available_threads()
-    can_prepare = isinstance(recipe.augment, FiniteViews) and runtime.target.type == "cpu"
-    if not can_prepare or threads < 2:
-        yield lambda epoch: None
-        return
-    futures: dict[int, list[Future[bool]]] = {}
-    before = torch.get_num_threads()
-
-    def announce(epoch: int) -> None:
-        for future in futures.pop(epoch, []):
-            future.result()
-        if epoch + 1 < recipe.epochs and epoch + 1 not in futures:
-            for bank in banks:  # so that the memory is filled in the order of the epochs
-                prepare(bank, epoch)
-            futures[epoch + 1] = [pool.submit(prepare, bank, epoch + 1) for bank in banks]
-
-    @torch.no_grad()
-    def prepare(bank: TargetBank, epoch: int) -> bool:
-        return bank.prepare(epoch)
-
-    torch.set_num_threads(threads // 2)
-    try:
-        with ThreadPoolExecutor(
-            1, "flwr-cloned-kd-teachers", torch.set_num_threads, (threads - threads // 2,)
-        ) as pool:
-            yield announce
-    finally:
-        torch.set_num_threads(before)
-
-
 def weighted_sum(
-    teachers: Sequence[Callable[[Batch], Tensor]],
-    weights: Sequence[float],
-    announce: Callable[[int], None] = lambda epoch: None,
+    teachers: Sequence[Callable[[Batch], Tensor]], weights: Sequence[float]
 ) -> Targets:
-    """Add up the weighted targets of several ensembles: the sum of Eq. (2) over the memory.
-
-    Args:
-        announce: called with the epoch of every batch before its targets are needed.
-    """
+    """Add up the weighted targets of several ensembles: the sum of Eq. (2) over the memory."""
 
     @torch.no_grad()
     def targets(batch: Batch) -> Tensor:
-        announce(batch.epoch)
         total = weights[0] * teachers[0](batch)
         for weight, teacher in zip(weights[1:], teachers[1:]):
             total += weight * teacher(batch)
