@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from .inputs import Dataset, FiniteViews
 from .lanes import Lane, lanes, repeated
 from .losses import Batch, Loss, Targets, supervised
 from .nested import Inputs, num_rows, on_device, rows_of, split_rows
-from .progress import Progress
+from .optimizers import can_batch, can_record, optimizer_name
+from .progress import Progress, log_once
 from .recipe import Epoch, Recipe, fold_in
 from .runtime import Plan, Runtime, available_threads, samples_at_once, settings
 from .samples import as_dataset, as_inputs
@@ -58,13 +61,18 @@ def fit(
 
     Raises:
         ValueError: if the dataset is empty, its tensors differ in length or hold a value that is
-            not finite, or if no parameter of the model requires a gradient.
+            not finite, if no parameter of the model requires a gradient, or if the factory of the
+            recipe does not return an optimizer.
     """
     inputs, labels = on_device(as_dataset(dataset, model), runtime.target)
     loss = supervised(task) if loss is None else loss
     num_samples = len(labels)
     num_clones = size(ensemble)
-    num_batches = len(_batch_sizes(num_samples, recipe.batch_size))
+    num_batches = len(recipe.batch_sizes(num_samples))
+    num_steps = recipe.num_steps(num_samples)
+    num_epochs = recipe.num_epochs(num_samples)
+    if not can_batch(recipe):
+        runtime = replace(runtime, batch_clones=False)
     generators = [torch.Generator().manual_seed(fold_in(seed, e)) for e in range(num_clones)]
     with settings(runtime, seed):
         clone_lanes, plan = lanes(
@@ -74,12 +82,18 @@ def fit(
             runtime,
             training=True,
             batch_size=recipe.batch_size,
-            num_samples=num_clones * num_samples * recipe.epochs,
+            num_samples=num_clones * min(num_samples * num_epochs, num_steps * recipe.batch_size),
         )
         if not clone_lanes[0].leaves:
             raise ValueError("model: expected a parameter that requires a gradient, got none")
+        if plan.cuda_graphs and not can_record(recipe):
+            log_once(
+                "cuda_graphs: expected SGD of the recipe or an optimizer with the option "
+                f"capturable, got {optimizer_name(recipe)}; training with plain steps"
+            )
+            plan = plan._replace(cuda_graphs=False)
         steps = make_steps(clone_lanes, recipe, loss, num_clones, plan)
-        progress = Progress(runtime.log, phase, recipe.epochs, num_clones * num_samples, len(steps))
+        progress = Progress(runtime.log, phase, num_epochs, num_clones * num_samples, len(steps))
         clones_per_step = num_clones // len(steps)
 
         def train_epoch(place: int, epoch: int) -> Tensor:
@@ -90,10 +104,11 @@ def fit(
                 for generator in generators[first : first + clones_per_step]
             ]
             meter = _Meter(task, needed=recipe.stop is not None)
-            for index, batches in enumerate(zip(*feeds)):
+            steps_before = epoch * num_batches
+            for index, batches in enumerate(islice(zip(*feeds), num_steps - steps_before)):
                 if targets is not None:
                     batches = tuple(b._replace(targets=targets(b)) for b in batches)
-                share_done = (epoch * num_batches + index) / (recipe.epochs * num_batches)
+                share_done = (steps_before + index) / num_steps
                 lr = recipe.lr * recipe.schedule(share_done)
                 meter.add(steps[place](batches, lr), batches)
                 progress.step(epoch, (index + 1) / num_batches, place)
@@ -101,7 +116,7 @@ def fit(
 
         history = list[Epoch]()
         with side_by_side(plan) as run_all:
-            for epoch in range(recipe.epochs):
+            for epoch in range(num_epochs):
                 sums = run_all(partial(train_epoch, epoch=epoch), range(len(steps)))
                 if recipe.stop is not None:
                     history.append(_mean_of_epoch(sums))
@@ -198,7 +213,7 @@ def make_steps(
     clone_lanes: list[Lane], recipe: Recipe, loss: Loss, num_clones: int, plan: Plan
 ) -> list[StepFunction]:
     """Make the steps that a plan chose: one for all lanes, or one for each lane."""
-    step = Step(clone_lanes, recipe, loss, num_clones)
+    step = Step(clone_lanes, recipe, loss, num_clones, recorded=plan.cuda_graphs)
     if plan.cuda_graphs:
         return [RecordedStep(step.parallel, torch.device(plan.device))]
     if plan.workers == 1:
@@ -227,13 +242,6 @@ def side_by_side(plan: Plan) -> Iterator[Callable[[Callable[[int], Tensor], rang
         torch.set_num_threads(before)
 
 
-def _batch_sizes(num_samples: int, batch_size: int) -> list[int]:
-    """Return the sizes of the batches of one epoch; a single left-over sample is skipped."""
-    sizes = [batch_size] * (num_samples // batch_size)
-    num_left = num_samples % batch_size
-    return [*sizes, num_left] if num_left > 1 or not sizes else sizes
-
-
 def _epoch_batches(
     inputs: Inputs,
     labels: Tensor,
@@ -254,7 +262,7 @@ def _epoch_batches(
             if view_seed is None
             else epoch_views(augment, num_samples, view_seed, epoch)
         ).to(device)
-    order = order[: sum(_batch_sizes(num_samples, recipe.batch_size))].to(device)
+    order = order[: sum(recipe.batch_sizes(num_samples))].to(device)
     piece_size = samples_at_once(device, inputs, recipe.batch_size)
     for piece in torch.split(order, piece_size):
         drawn = rows_of(inputs, piece)

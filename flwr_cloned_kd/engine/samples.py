@@ -1,10 +1,8 @@
 """Data as people have it, converted to inputs and labels and checked once."""
 
 import copy
-import logging
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from .nested import (
     run,
     tensors_of,
 )
+from .progress import log_once
 from .tasks import Task
 
 LABEL_KEYS = ("labels", "label")
@@ -101,7 +100,7 @@ def as_inputs(inputs: Any, model: nn.Module | None = None) -> Inputs:
     if any(weight.dtype == torch.float64 for weight in weights):
         return tensors
     if any(tensor.dtype == torch.float64 for tensor in tensors_of(tensors)):
-        _log_once("inputs: cast from float64 to float32, the type of the model's weights")
+        log_once("inputs: cast from float64 to float32, the type of the model's weights")
     return each_tensor(lambda x: x.float() if x.dtype == torch.float64 else x, tensors)
 
 
@@ -162,12 +161,6 @@ def _tensor(value: Any, name: str) -> Tensor:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     # PyTorch warns about arrays that are not writable, and refuses negative strides.
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
-@cache
-def _log_once(line: str) -> None:
-    """Log a line once in a process."""
-    logging.getLogger("flwr_cloned_kd").warning(line)
 
 
 def _without_label(sample: Mapping[str, Any], label_key: str | None) -> tuple[Any, Any]:

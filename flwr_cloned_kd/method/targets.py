@@ -26,8 +26,8 @@ class TargetBank:
     targets `[N, ..., C]` of an epoch are therefore computed at once and used again as long as the
     ensemble stays in the memory. Without augmentation the targets of one epoch serve all epochs.
     Kept targets are float32, or float16 where the models run in bfloat16. The target of a batch is
-    computed on the spot if the targets of its epoch would exceed `max_bytes`, or if the
-    augmentation is not a finite one.
+    computed on the spot if the targets of its epoch would exceed `max_bytes`, if the recipe has
+    fewer steps than one epoch, or if the augmentation is not a finite one.
 
     Args:
         ensemble: `[E, ...]`.
@@ -64,10 +64,16 @@ class TargetBank:
         self._max_bytes = max_bytes
         self._weights = [1 / size(ensemble)] * size(ensemble)
         self._outputs = Predictor(
-            model, ensemble, runtime, num_samples=len(self._labels) * recipe.epochs
+            model,
+            ensemble,
+            runtime,
+            num_samples=len(self._labels) * recipe.num_epochs(len(self._labels)),
         )
         in_bf16 = plan(model, self._inputs, runtime).bf16
         self._dtype = torch.float16 if in_bf16 else torch.float32
+        # Targets of a whole epoch would be more work than those of the few batches drawn from it.
+        num_batches = len(recipe.batch_sizes(len(self._labels)))
+        self._keeps = recipe.num_steps(len(self._labels)) >= num_batches
         self._kept: dict[int, Tensor] = {}
         self._epoch_bytes: int | None = None
 
@@ -77,7 +83,7 @@ class TargetBank:
             return self._target(batch.inputs, self._labels[batch.rows])
         epoch = 0 if self._augment is None else batch.epoch
         if epoch not in self._kept:
-            if not self._has_room(epoch):
+            if not (self._keeps and self._has_room(epoch)):
                 return self._target(batch.inputs, self._labels[batch.rows])
             self._kept[epoch] = self._epoch_targets(epoch)
         return self._kept[epoch][batch.rows].float()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from flwr_cloned_kd import Core, EdgeClient, Recipe, as_dataset, clone, fit, predict, train_edge
 from flwr_cloned_kd.engine import samples
+from flwr_cloned_kd.engine.progress import log_once
 from flwr_cloned_kd.engine.tasks import Classification, Regression, classification
 from tests.helpers.reference import images, mlp, same_bits, snapshot
 
@@ -185,7 +186,7 @@ def test_every_sample_is_read_once_and_the_first_one_twice():
 
 
 def test_float64_inputs_are_cast_and_one_line_says_so(caplog):
-    samples._log_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             core = Core(model=mlp(), dataset=(INPUTS.double(), LABELS), recipe=RECIPE)
