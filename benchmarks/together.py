@@ -2,10 +2,10 @@
 
 `python -m benchmarks.together --help`
 
-First the processor seconds of one distillation with k new ensembles, on this machine. Then a federation in
-virtual time whose answers arrive faster than the core can learn from one after the other: digits,
-edges that train for a log-normal time (median 60 s), a core that needs 20 s for one answer, and for
-each further answer the share of 20 s that was measured.
+First the processor seconds of one distillation with k new ensembles, on this machine. Then a
+federation in virtual time whose answers arrive faster than the core can learn from one after the
+other: digits, edges that train for a log-normal time (median 60 s), a core that needs 20 s for one
+answer, and for each further answer the share of 20 s that was measured.
 """
 
 import argparse

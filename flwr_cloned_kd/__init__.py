@@ -33,6 +33,8 @@ from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
 from .engine.losses import cross_entropy, distillation
 from .engine.recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
 from .engine.runtime import Runtime
+from .engine.samples import as_dataset
+from .engine.tasks import Classification, Regression, SeveralLabels, Task
 from .flower.client import EdgeClient, edge_app, in_wire_dtype
 from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
@@ -61,6 +63,7 @@ __all__ = [
     "VARIANTS",
     "AccuracyReached",
     "AsyncStrategy",
+    "Classification",
     "ClipClones",
     "ClonedKD",
     "Constant",
@@ -85,8 +88,11 @@ __all__ = [
     "Plateau",
     "PolynomialStaleness",
     "Recipe",
+    "Regression",
     "Runtime",
+    "SeveralLabels",
     "StateDict",
+    "Task",
     "Trace",
     "TrainAccuracyDrop",
     "TrainAccuracyJump",
@@ -95,6 +101,7 @@ __all__ = [
     "VirtualGrid",
     "accounts",
     "accuracy",
+    "as_dataset",
     "as_ensemble",
     "clone",
     "cloned",

@@ -19,6 +19,8 @@ from ..method.core import Core, CoreState, EdgeResult, edge_seed
 from ..method.variants import Send, cloned
 
 NUMBERS = (bool, int, float)
+ADDED = ("steps", "optimizer", "max_grad_norm")
+"""Options that checkpoints of an older version do not have; None is left out of the settings."""
 
 
 class ClonedKD(AsyncStrategy):
@@ -179,12 +181,12 @@ class ClonedKD(AsyncStrategy):
         numbers = {
             name: value
             for name, value in options.items()
-            if value is None or type(value) in NUMBERS
+            if (value is None and name not in ADDED) or type(value) in NUMBERS
         }
         rules = {
             name: _name(value)
             for name, value in options.items()
-            if name in ("selection", "student_start") and callable(value)
+            if name in ("selection", "student_start", "optimizer") and callable(value)
         }
         return {
             "num_clones": self.num_clones,

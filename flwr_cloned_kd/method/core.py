@@ -24,10 +24,12 @@ from ..engine.inputs import Dataset
 from ..engine.losses import distillation as distillation_loss
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
+from ..engine.samples import as_dataset
+from ..engine.tasks import Task, classification, counting
 from .consensus import Venn
 from .distillation import Distillation
 from .guards import Refuses
-from .knowledge import Knowledge
+from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
 from .targets import TargetBank, TargetCache, weighted_sum
 
@@ -146,7 +148,9 @@ class Core:
 
     Args:
         model: the architecture; its weights are the start of Phase 0.
-        dataset: the core data, inputs `[N, ...]` and labels `[N]`.
+        dataset: the core data, inputs `[N, ...]` and labels `[N, ...]`, or data in any form that
+            `as_dataset` converts.
+        task: what the outputs of the model mean.
         recipe: Phase 0.
         distillation: Phase 2; None is the preset `practical` of `recipe`.
         guard: (history, training accuracy) -> True to refuse the round (Sec. 5.3); None accepts
@@ -167,11 +171,21 @@ class Core:
     held_out: Dataset | None = None
     seed: int = 0
     runtime: Runtime = field(default_factory=Runtime)
+    task: Task = classification
     target_cache: TargetCache = field(default_factory=TargetCache, repr=False)
 
     def __post_init__(self) -> None:
         if self.distillation is None:
             object.__setattr__(self, "distillation", practical(self.recipe))
+        if self.distillation.selection is label_probability and self.task != classification:
+            raise ValueError(
+                f"selection: expected correct, None or a function of your own for {self.task}, "
+                "got label_probability"
+            )
+        for name in ("dataset", "held_out"):
+            data = getattr(self, name)
+            if data is not None:
+                object.__setattr__(self, name, as_dataset(data, self.model, self.task, name=name))
 
     def pretrain(self, start: StateDict | None = None) -> StateDict:
         """Phase 0: train on the core data, from `start` or from the weights of the model."""
@@ -180,6 +194,7 @@ class Core:
             clone(trained_state(self.model) if start is None else start, 1),
             self.dataset,
             self.recipe,
+            task=self.task,
             seed=fold_in(self.seed, "phase-0"),
             runtime=self.runtime,
             phase="Phase 0",
@@ -265,7 +280,7 @@ class Core:
         if self.held_out is not None:
             predictions = self.predictions(params)
             for row, logits in zip(metrics, held_out_logits):
-                row |= _compare(predictions, logits, self.held_out[1])
+                row |= _compare(predictions, logits, self.held_out[1], self.task)
         if refused:
             return state, metrics
         memory_size = self.distillation.memory_size
@@ -285,16 +300,16 @@ class Core:
         """Measure a core on its own data; a fraction in [0, 1]."""
         inputs, labels = self.dataset
         logits = predict(self.model, clone(params, 1), inputs, runtime=self.runtime)
-        return float(accuracy(logits[0], labels))
+        return float(accuracy(logits[0], labels, self.task))
 
     def held_out_accuracy(self, params: StateDict) -> float | None:
         """Measure a core on the held-out data; a fraction in [0, 1], None without such data."""
         if self.held_out is None:
             return None
-        return float(accuracy(self.predictions(params), self.held_out[1]))
+        return float(accuracy(self.predictions(params), self.held_out[1], self.task))
 
     def predictions(self, params: StateDict) -> Tensor:
-        """Compute a core's logits `[N, C]` for the held-out data.
+        """Compute a core's outputs `[N, ...]` for the held-out data.
 
         Raises:
             ValueError: without held-out data.
@@ -320,9 +335,9 @@ class Core:
         )
 
     def _known(self, logits: Tensor) -> float:
-        """Return the accuracy of an ensemble from its logits `[E, N, C]` for the core data."""
-        target = (logits / self.distillation.temperature).softmax(-1).mean(0)
-        return float(accuracy(target, self.dataset[1]))
+        """Return the accuracy of an ensemble from its outputs `[E, N, ...]` for the core data."""
+        target = self.task.target(logits, self.distillation.temperature).mean(0)
+        return float(accuracy(self.task.prediction(target), self.dataset[1], self.task))
 
     def _knowledge(
         self, core: StateDict, results: Sequence[EdgeResult], logits: Tensor
@@ -353,7 +368,7 @@ class Core:
         Args:
             num_new: number of new ensembles, which share the memory limit of one.
         """
-        origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime)
+        origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime, self.task)
         make_bank = partial(self._bank, num_new=num_new)
         teachers = self.target_cache.banks(memory, make_bank, origin)
         scale = 1 / len(memory) if self.distillation.mean_over_memory else 1.0
@@ -373,7 +388,8 @@ class Core:
             distillation.recipe,
             view_seed=self._view_seed,
             temperature=distillation.temperature,
-            selection=distillation.selection,
+            selection=self._selection,
+            task=self.task,
             max_bytes=self.runtime.target_bytes // (max_teachers * num_new),
             runtime=self.runtime,
         )
@@ -387,7 +403,10 @@ class Core:
             clone(start, 1),
             self.dataset,
             distillation.recipe,
-            loss=distillation_loss(distillation.temperature, distillation.student_temperature),
+            task=self.task,
+            loss=distillation_loss(
+                distillation.temperature, distillation.student_temperature, self.task
+            ),
             targets=weighted_sum(teachers, weights),
             seed=fold_in(self.seed, "phase-2", version),
             view_seed=self._view_seed,
@@ -395,6 +414,13 @@ class Core:
             phase="Phase 2",
         )
         return member(trained, 0)
+
+    @property
+    def _selection(self) -> Selection | None:
+        """The selection of the distillation; `correct` stands for that of the task."""
+        if self.distillation.selection is correct and self.task != classification:
+            return self.task.correct
+        return self.distillation.selection
 
     @property
     def _view_seed(self) -> int:
@@ -412,6 +438,7 @@ def train_edge(
     dataset: Dataset,
     recipe: Recipe,
     *,
+    task: Task = classification,
     num_clones: int = 3,
     seed: int = 0,
     runtime: Runtime = Runtime(),
@@ -426,6 +453,7 @@ def train_edge(
         clone(params, num_clones),
         dataset,
         recipe,
+        task=task,
         seed=seed,
         runtime=runtime,
         phase="Phase 1",
@@ -458,13 +486,15 @@ def student_start(
     return start
 
 
-def _compare(core: Tensor, edge: Tensor, labels: Tensor) -> dict[str, float]:
-    """Score logits of the core `[N, C]` and of an edge `[E, N, C]` against labels `[N]`."""
-    ensemble = edge.softmax(-1).mean(0)
-    venn = Venn.of(core.argmax(-1) == labels, ensemble.argmax(-1) == labels)
+def _compare(core: Tensor, edge: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
+    """Score outputs of the core `[N, ...]` and of an edge `[E, N, ...]` against the labels."""
+    ensemble = task.prediction(task.target(edge, 1.0).mean(0))
+    venn = Venn.of(
+        *(counting(task.correct(outputs, labels), labels, task) for outputs in (core, ensemble))
+    )
     return {
         "core-accuracy": venn.student_only + venn.both,
-        "edge-accuracy": float(accuracy(edge, labels).mean()),
+        "edge-accuracy": float(accuracy(edge, labels, task).mean()),
         "ensemble-accuracy": venn.both + venn.teacher_only,
         "student-only": venn.student_only,
         "both": venn.both,
