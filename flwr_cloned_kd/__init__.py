@@ -19,16 +19,27 @@ from .data.datasets import (
     take,
 )
 from .data.models import digits_cnn, resnet, resnet32
-from .engine.ensemble import Ensemble, StateDict, as_ensemble, clone, initialise, member
+from .engine.ensemble import (
+    Ensemble,
+    StateDict,
+    as_ensemble,
+    clone,
+    initialise,
+    member,
+    trained_state,
+)
 from .engine.fit import accuracy, fit, predict
 from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
 from .engine.losses import cross_entropy, distillation
 from .engine.recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
 from .engine.runtime import Runtime
-from .flower.client import EdgeClient, edge_app
+from .engine.samples import as_dataset
+from .engine.tasks import Classification, Regression, SeveralLabels, Task
+from .flower.client import EdgeClient, edge_app, in_wire_dtype
 from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
+from .flower.train_clones import train_clones
 from .method.consensus import Venn
 from .method.core import Core, CoreState, edge_seed, train_edge
 from .method.distillation import Distillation
@@ -52,6 +63,7 @@ __all__ = [
     "VARIANTS",
     "AccuracyReached",
     "AsyncStrategy",
+    "Classification",
     "ClipClones",
     "ClonedKD",
     "Constant",
@@ -76,8 +88,11 @@ __all__ = [
     "Plateau",
     "PolynomialStaleness",
     "Recipe",
+    "Regression",
     "Runtime",
+    "SeveralLabels",
     "StateDict",
+    "Task",
     "Trace",
     "TrainAccuracyDrop",
     "TrainAccuracyJump",
@@ -86,6 +101,7 @@ __all__ = [
     "VirtualGrid",
     "accounts",
     "accuracy",
+    "as_dataset",
     "as_ensemble",
     "clone",
     "cloned",
@@ -100,6 +116,7 @@ __all__ = [
     "ensemble_share",
     "fit",
     "fold_in",
+    "in_wire_dtype",
     "initialise",
     "label_probability",
     "load_cifar100",
@@ -117,6 +134,8 @@ __all__ = [
     "shuffle_labels",
     "step_decay",
     "take",
+    "train_clones",
     "train_edge",
+    "trained_state",
     "unselective",
 ]

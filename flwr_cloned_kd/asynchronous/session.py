@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 INITIAL_REST_SECONDS = 10.0
 MAX_REST_SECONDS = 600.0
@@ -49,6 +49,15 @@ class Answer(NamedTuple):
     def failed(self) -> bool:
         """Whether the edge crashed or stayed silent."""
         return self.reply is None or self.reply.has_error()
+
+
+class Received(NamedTuple):
+    """A reply that a strategy may learn from."""
+
+    dispatch: Dispatch
+    content: RecordDict
+    staleness: int
+    """Versions that were made while the edge was away, 0 for a fresh answer."""
 
 
 class Progress(NamedTuple):

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.backends import cudnn
 from torch.utils.flop_counter import FlopCounterMode
+
+from .nested import Inputs, on_device, outputs_of, rows_of, tensors_of
 
 # The rules below come from docs/performance.md, measured on 2 cores with AVX-512 and AMX.
 MIN_LARGE_PARAMETERS = 50_000
@@ -91,7 +93,7 @@ class Runtime:
 
 
 def samples_at_once(
-    device: torch.device, inputs: Tensor, minimum: int = CPU_SAMPLES_AT_ONCE
+    device: torch.device, inputs: Inputs, minimum: int = CPU_SAMPLES_AT_ONCE
 ) -> int:
     """Return how many samples to predict or to augment together on a device.
 
@@ -104,7 +106,8 @@ def samples_at_once(
     """
     if device.type != "cuda":
         return minimum
-    sample_bytes = 4 * max(1, inputs[:1].numel())
+    one = tensors_of(rows_of(inputs, slice(1)))
+    sample_bytes = 4 * max(1, sum(tensor.numel() for tensor in one))
     maximum = min(MAX_GPU_SAMPLES_AT_ONCE, MAX_GPU_BYTES_AT_ONCE // sample_bytes)
     return max(1, maximum // minimum) * minimum
 
@@ -123,7 +126,7 @@ class Plan(NamedTuple):
 
 def plan(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     runtime: Runtime,
     *,
     num_clones: int = 1,
@@ -155,7 +158,9 @@ def plan(
     if may_compile and device.type == "cpu":
         passes = num_samples * (3 if training else 1)
         possible = passes > 0 and shutil.which("g++") is not None
-        compiled = possible and passes * count_flop(model, inputs[:1]) > MIN_COMPILE_FLOP
+        compiled = (
+            possible and passes * count_flop(model, rows_of(inputs, slice(1))) > MIN_COMPILE_FLOP
+        )
     graphs = runtime.cuda_graphs and device.type == "cuda" and training
     return Plan(str(device), bf16, compiled, batched, graphs, workers)
 
@@ -219,10 +224,10 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def count_flop(model: nn.Module, sample: Tensor) -> int:
+def count_flop(model: nn.Module, sample: Inputs) -> int:
     """Count the floating-point operations of one forward pass of one sample."""
     device = next(model.parameters()).device
     probe = copy.deepcopy(model).eval()  # a copy: the buffers and modes of the model stay untouched
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        probe(sample.to(device))
+        outputs_of(probe, on_device(sample, device))
     return int(counter.get_total_flops())

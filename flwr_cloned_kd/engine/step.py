@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .lanes import Lane
 from .losses import Batch, Loss
+from .nested import each_tensor, stack, tensors_of
+from .optimizers import limit_gradients, make_optimizer, rate_ratios, set_rate
 from .recipe import Recipe
 
 WARM_UP_STEPS = 3
@@ -36,12 +38,24 @@ StepFunction = Callable[[Sequence[Batch], float | Tensor], Outcome]
 class Step:
     """Forward, loss, backward and update of every clone."""
 
-    def __init__(self, lanes: Sequence[Lane], recipe: Recipe, loss: Loss, num_clones: int) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        recipe: Recipe,
+        loss: Loss,
+        num_clones: int,
+        *,
+        recorded: bool = False,
+    ) -> None:
         self._lanes = lanes
         self._loss = loss
         self._mu = recipe.proximal_mu
         self._clones_per_lane = num_clones // len(lanes)
-        self._optimisers = [_sgd(lane.leaves, recipe) for lane in lanes]
+        self._max_grad_norm = recipe.max_grad_norm
+        self._optimizers = [
+            make_optimizer(lane.leaves, recipe, recorded=recorded) for lane in lanes
+        ]
+        self._ratios = [rate_ratios(optimizer, recipe) for optimizer in self._optimizers]
         self._starts = [[leaf.detach().clone() for leaf in lane.leaves] for lane in lanes]
         self._streams: list[torch.cuda.Stream] = []
 
@@ -76,15 +90,17 @@ class Step:
     def step_lane(self, index: int, batches: Sequence[Batch], lr: float | Tensor) -> Outcome:
         """Do the step of one lane, given the batches of its clones."""
         lane = self._lanes[index]
-        optimiser = self._optimisers[index]
-        logits = lane.forward(torch.stack([batch.inputs for batch in batches]))
+        optimizer = self._optimizers[index]
+        logits = lane.forward(stack([batch.inputs for batch in batches]))
         losses = torch.stack([self._loss(*pair) for pair in zip(logits, batches)])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         if self._mu:
             _add_proximal_gradient(lane.leaves, self._starts[index], self._mu)
-        optimiser.param_groups[0]["lr"] = lr
-        optimiser.step()
+        if self._max_grad_norm is not None:
+            limit_gradients(lane.leaves, self._clones_per_lane, self._max_grad_norm)
+        set_rate(optimizer, lr, self._ratios[index])
+        optimizer.step()
         return Outcome(logits.detach(), losses.detach())
 
 
@@ -115,9 +131,8 @@ class RecordedStep:
         if len(batches[0].rows) != len(self._fixed[0].rows):
             return self._step(batches, lr)
         for fixed, batch in zip(self._fixed, batches):
-            for old, new in zip(fixed, batch):
-                if isinstance(old, Tensor) and isinstance(new, Tensor):
-                    old.copy_(new)
+            for old, new in zip(_tensors(fixed), _tensors(batch)):
+                old.copy_(new)
         self._lr.fill_(lr)
         self._num_steps += 1
         if self._num_steps <= WARM_UP_STEPS:
@@ -194,24 +209,19 @@ class RecordedStep:
 
 def _copied(batch: Batch) -> Batch:
     targets = None if batch.targets is None else batch.targets.clone()
-    inputs, labels, rows = (part.clone() for part in batch[:3])
+    inputs, labels, rows = (each_tensor(torch.clone, part) for part in batch[:3])
     return Batch(inputs, labels, rows, batch.epoch, targets)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    parts = (batch.inputs, batch.labels, batch.rows, batch.targets)
+    return [tensor for part in parts if part is not None for tensor in tensors_of(part)]
 
 
 def _joined(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(
         torch.cat([outcome.logits for outcome in outcomes]),
         torch.cat([outcome.losses for outcome in outcomes]),
-    )
-
-
-def _sgd(leaves: list[Tensor], recipe: Recipe) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        leaves,
-        recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        fused=all(leaf.is_floating_point() for leaf in leaves),
     )
 
 
