@@ -2,10 +2,10 @@
 
 `python -m benchmarks.together --help`
 
-First the seconds of one distillation with k new ensembles, on this machine. Then a federation in
-virtual time whose answers arrive faster than the core can learn from one after the other: digits,
-edges that train for a log-normal time (median 60 s), a core that needs 20 s for one answer, and for
-each further answer the share of 20 s that was measured.
+First the processor seconds of one distillation with k new ensembles, on this machine. Then a
+federation in virtual time whose answers arrive faster than the core can learn from one after the
+other: digits, edges that train for a log-normal time (median 60 s), a core that needs 20 s for one
+answer, and for each further answer the share of 20 s that was measured.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TOGETHER = (1, 2, 4, 8)
 
 
 def seconds_of(study: Study, num_clones: int, repetitions: int) -> dict[int, float]:
-    """Return the median seconds of a distillation with k new ensembles and a full memory."""
+    """Return the median processor seconds of a distillation with k new ensembles."""
     core = study.core
     memory_size = core.distillation.memory_size
     edges = [
@@ -41,9 +41,9 @@ def seconds_of(study: Study, num_clones: int, repetitions: int) -> dict[int, flo
     for _ in range(1 + repetitions):  # the first one warms up and fills the kept targets
         for count in TOGETHER:
             new = edges[memory_size - 1 :][:count]
-            began = time.perf_counter()
+            began = time.process_time()
             core.distill_all(state, [EdgeResult(dict(edge)) for edge in new])
-            seconds[count].append(time.perf_counter() - began)
+            seconds[count].append(time.process_time() - began)
             core.distill_all(state, [EdgeResult(edges[0])])  # keeps the targets of the memory
     return {count: median(times[1:]) for count, times in seconds.items()}
 

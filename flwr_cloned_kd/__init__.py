@@ -19,7 +19,15 @@ from .data.datasets import (
     take,
 )
 from .data.models import digits_cnn, resnet, resnet32
-from .engine.ensemble import Ensemble, StateDict, as_ensemble, clone, initialise, member
+from .engine.ensemble import (
+    Ensemble,
+    StateDict,
+    as_ensemble,
+    clone,
+    initialise,
+    member,
+    trained_state,
+)
 from .engine.fit import accuracy, fit, predict
 from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
 from .engine.losses import cross_entropy, distillation
@@ -27,10 +35,11 @@ from .engine.recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
 from .engine.runtime import Runtime
 from .engine.samples import as_dataset
 from .engine.tasks import Classification, Regression, SeveralLabels, Task
-from .flower.client import EdgeClient, edge_app
+from .flower.client import EdgeClient, edge_app, in_wire_dtype
 from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
+from .flower.train_clones import train_clones
 from .method.consensus import Venn
 from .method.core import Core, CoreState, edge_seed, train_edge
 from .method.distillation import Distillation
@@ -107,6 +116,7 @@ __all__ = [
     "ensemble_share",
     "fit",
     "fold_in",
+    "in_wire_dtype",
     "initialise",
     "label_probability",
     "load_cifar100",
@@ -124,6 +134,8 @@ __all__ = [
     "shuffle_labels",
     "step_decay",
     "take",
+    "train_clones",
     "train_edge",
+    "trained_state",
     "unselective",
 ]

@@ -17,6 +17,8 @@ from .session import Answer, Dispatch, Progress, Session
 
 MIN_POLL_SECONDS = 0.02
 MAX_POLL_SECONDS = 2.0
+POLL_GROWTH = 1.1
+"""Factor of the pause between two polls: an answer waits at most a tenth of its edge's seconds."""
 INITIAL_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 30.0
 MAX_FAILED_CALLS = 30
@@ -168,7 +170,7 @@ class Courier:
         try:
             while not self._closed and not self._ended:
                 retry_in = self._attempt()
-                pause = MIN_POLL_SECONDS if retry_in is None else 1.5 * pause
+                pause = MIN_POLL_SECONDS if retry_in is None else POLL_GROWTH * pause
                 pause = min(pause, MAX_POLL_SECONDS)
                 if self._wake.wait(max(retry_in or 0.0, pause)):
                     self._wake.clear()

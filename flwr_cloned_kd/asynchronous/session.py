@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from flwr.app import Message, RecordDict
@@ -252,10 +253,10 @@ class Session:
 
         Times up to `now` are left out one by one: a rest that is over does not hide a deadline.
         """
-        deadlines = [dispatch.deadline for dispatch in self.in_flight.values()]
-        rests = [until for until, _ in self._resting]
-        due = (time for time in (*deadlines, *rests, self.paused_until) if time > now)
-        return min(due, default=float("inf"))
+        deadlines = (dispatch.deadline for dispatch in self.in_flight.values())
+        rests = (until for until, _ in self._resting)
+        times = chain(deadlines, rests, [self.paused_until])
+        return min((time for time in times if time > now), default=float("inf"))
 
     @property
     def gave_up(self) -> bool:

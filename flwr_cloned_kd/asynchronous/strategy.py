@@ -20,7 +20,7 @@ from .clock import Stepped, clock_of
 from .courier import Courier
 from .resume import SavedRun, load, save
 from .rounds import costs, log_round
-from .session import Answer, Dispatch, Progress, Received, Session
+from .session import Answer, Dispatch, Received, Session
 from .timeline import Event
 
 WAIT_SECONDS = 0.2
@@ -236,7 +236,7 @@ class AsyncStrategy(Strategy):
                 _evaluate(evaluate_fn, len(self.history), self.arrays, result)
             for answer in answers:
                 courier.settle(answer)
-            self._save(courier.progress(), result)
+            self._save(courier, result)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -407,7 +407,7 @@ class AsyncStrategy(Strategy):
         self.events = []
         self.history = []
 
-    def _save(self, progress: Progress, result: Result) -> None:
+    def _save(self, courier: Courier, result: Result) -> None:
         """Write a checkpoint, if the run has one."""
         if self.checkpoint is None:
             return
@@ -419,7 +419,7 @@ class AsyncStrategy(Strategy):
             version=self.version,
             tensors=tensors,
             state=state,
-            progress=progress,
+            progress=courier.progress(),
             history=self.history,
             evaluations={number: dict(metrics) for number, metrics in evaluations.items()},
         )

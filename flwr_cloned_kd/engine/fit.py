@@ -292,9 +292,11 @@ class _Meter:
             # In float64 the sums do not depend on the order in which the clones are added.
             loss = outcome.losses.double().sum() * labels.shape[1]
             correct = counting(self._task.correct(outcome.logits, labels), labels, self._task)
+            num_correct = correct.sum().to(loss.dtype)
             num_samples = labels.shape[0] * labels.shape[1]
-            counts = torch.tensor([num_samples, correct.numel()], device=loss.device)
-            self._sums.append(torch.cat([torch.stack([loss, correct.sum()]), counts]))
+            # `full_like`: a GPU waits for the CPU whenever a tensor is made of Python's numbers.
+            counts = [torch.full_like(loss, n) for n in (num_samples, correct.numel())]
+            self._sums.append(torch.stack([loss, num_correct, *counts]))
 
     def sums(self) -> Tensor:
         """Return the sums of the loss and of the correct elements, and the numbers of both."""

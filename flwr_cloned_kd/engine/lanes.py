@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .ensemble import Ensemble, StateDict, member, size
+from .ensemble import Ensemble, StateDict, frozen_modules, member, size, trained_state
 from .folding import channels_last, folded
 from .nested import Inputs, each_tensor, num_rows, outputs_of, rows_of, tensors_of
 from .runtime import Plan, Runtime, is_small, plan
@@ -47,6 +47,7 @@ def lanes(
     Returns:
         The lanes and the plan that they follow.
     """
+    _check_names(model, ensemble)
     plan_for = partial(
         plan,
         model,
@@ -69,6 +70,16 @@ def lanes(
         _lane_of_one(model, member(ensemble, index), chosen, training, batch_size, fold_inputs)
         for index in range(size(ensemble))
     ], chosen
+
+
+def _check_names(model: nn.Module, ensemble: Ensemble) -> None:
+    """Check that an ensemble has all that can be trained of a model, and nothing else than it."""
+    missing = sorted(trained_state(model).keys() - ensemble.keys())
+    unknown = sorted(ensemble.keys() - model.state_dict().keys())
+    if missing or unknown:
+        raise ValueError(
+            f"ensemble: expected the model's tensors, missing {missing[:3]}, unknown {unknown[:3]}"
+        )
 
 
 def _can_batch(model: nn.Module, lane: Lane, inputs: Inputs, num_clones: int) -> bool:
@@ -121,7 +132,7 @@ def _lane_of_one(
 ) -> Lane:
     """Put one clone on the device; with `fold_inputs`, fold its normalisation where possible."""
     module = _template(model, chosen, training)
-    module.load_state_dict(params)
+    module.load_state_dict(params, strict=False)
     channels_last(module)
     if fold_inputs is not None:
         module = folded(module, fold_inputs)
@@ -137,7 +148,8 @@ def _lane_of_one(
         return outputs.float().unsqueeze(0)
 
     def read() -> Ensemble:
-        return {n: t.detach().contiguous().unsqueeze(0) for n, t in module.state_dict().items()}
+        state = module.state_dict()
+        return {name: state[name].detach().contiguous().unsqueeze(0) for name in params}
 
     return Lane([p for p in module.parameters() if p.requires_grad], run, read)
 
@@ -181,4 +193,8 @@ def _autocast(chosen: Plan) -> torch.autocast:
 
 
 def _template(model: nn.Module, chosen: Plan, training: bool) -> nn.Module:
-    return copy.deepcopy(model).to(chosen.device).train(training)
+    """Copy a model to the device; its frozen parts never train, so that their buffers stay."""
+    module = copy.deepcopy(model).to(chosen.device).train(training)
+    for frozen in frozen_modules(module):
+        frozen.eval()
+    return module

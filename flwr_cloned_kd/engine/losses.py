@@ -1,6 +1,6 @@
 """Losses of the three phases (Eq. 1 and 2): functions of logits and a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ def supervised(task: Task) -> Loss:
 
 
 def soft_target(
-    logits: Tensor, weights: Sequence[float], temperature: float, task: Task = classification
+    logits: Tensor, weights: Tensor, temperature: float, task: Task = classification
 ) -> Tensor:
     """Fold the predictions of K teachers into one target: sum_k w_k softmax(f_k / t).
 
@@ -54,11 +54,11 @@ def soft_target(
 
     Args:
         logits: outputs of the teachers, `[K, B, ...]`.
-        weights: one weight per teacher. Eq. (2) gives every clone of an ensemble 1/E, so that each
-            row of the target sums to the number of ensembles.
+        weights: one weight per teacher, `[K]`, with the dtype and on the device of the logits.
+            Eq. (2) gives every clone of an ensemble 1/E, so that each row of the target sums to the
+            number of ensembles.
     """
-    scale = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-    return torch.einsum("k,k...->...", scale, task.target(logits, temperature))
+    return torch.einsum("k,k...->...", weights, task.target(logits, temperature))
 
 
 def distillation(

@@ -44,7 +44,8 @@ class Runtime:
             compilation takes one to two minutes; later processes load it from disk. None: only on
             a CPU, and only for phases that are long enough for the compilation to save time.
         batch_clones: train all clones in one pass (True) or one by one (False). None: in one pass
-            if the model is small, below 50,000 parameters.
+            if the model is small, below 50,000 parameters. On a GPU one pass is always in float32:
+            with `bf16=True` the clones train one by one.
         workers: number of clones that train side by side on a CPU, one thread of Python each. The
             threads of PyTorch are divided among them. None: as many as there are threads, unless
             the clones train in one pass or compiled. A model that draws random numbers while it
@@ -143,6 +144,12 @@ def plan(
     small = is_small(model)
     batched = num_clones > 1 and (small if runtime.batch_clones is None else runtime.batch_clones)
     bf16 = not small and _multiplies_bf16(device) if runtime.bf16 is None else runtime.bf16
+    if device.type == "cuda" and batched and bf16:
+        # On a GPU `vmap` fails in batch normalisation if the inputs are bfloat16.
+        if runtime.bf16:
+            batched = False
+        else:
+            bf16 = False
     workers = 1
     if training and device.type == "cpu" and not batched and not runtime.compile:
         workers = min(num_clones, runtime.workers or available_threads())

@@ -1,7 +1,9 @@
 """One optimisation step of all clones, and its recording as a CUDA graph."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,9 @@ from .recipe import Recipe
 
 WARM_UP_STEPS = 3
 """Plain steps before the recording."""
+
+_one_recording = threading.Lock()
+"""Held while a step is recorded: PyTorch allows one recording at a time in a process."""
 
 
 class Outcome(NamedTuple):
@@ -108,6 +113,9 @@ class RecordedStep:
     Args:
         step: the step to record.
         device: the device that holds the learning rate.
+
+    Raises:
+        RuntimeError: in a call, if the step cannot be recorded; the cause is what it raised.
     """
 
     def __init__(self, step: StepFunction, device: torch.device) -> None:
@@ -131,31 +139,72 @@ class RecordedStep:
             with self.warming_up():
                 return self._step(self._fixed, self._lr)
         if self._recording is None:
-            self._recording = self.record(lambda: self._step(self._fixed, self._lr))
+            self._recording = self._record_or_explain()
         replay, outcome = self._recording
         replay()
         return outcome
 
+    def _record_or_explain(self) -> tuple[Callable[[], None], Outcome]:
+        """Record the step; an error says that it happened in a recording, and how to avoid it."""
+        causes: list[Exception] = []
+
+        def run() -> Outcome:
+            try:
+                return self._step(self._fixed, self._lr)
+            except Exception as error:
+                causes.append(error)
+                raise
+
+        try:
+            return self.record(run)
+        except Exception as error:
+            # An error of the step also breaks the end of the recording, whose error hides it.
+            cause = causes[0] if causes else error
+            raise RuntimeError(
+                "cuda_graphs: expected a training step that a CUDA graph can record, "
+                f"got {type(cause).__name__}: {cause}; cuda_graphs=False trains with plain steps"
+            ) from cause
+
     def record(self, run: Callable[[], Outcome]) -> tuple[Callable[[], None], Outcome]:
         """Record a function as a CUDA graph, whose parallel branches are the lanes.
+
+        The mode "thread_local" lets other threads use the GPU meanwhile: in PyTorch's default mode
+        "global" a call of another thread that is not safe in a recording is an error, such as the
+        query of an event. A graph contains what goes to its streams, in both modes; no other
+        thread uses them. In "thread_local" CUDA does not check the calls of PyTorch's thread for
+        the backward pass. PyTorch itself records compiled models in this mode.
 
         Returns:
             A function that replays the graph, and the outcome, which every replay overwrites. The
             recorded function takes effect when it is replayed, not when it is recorded.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # If a recording fails, `torch.cuda.graph` leaves its stream as the current one of this
+        # thread; `warming_up` restores the stream from before.
+        with (
+            _one_recording,
+            self.warming_up(),
+            torch.cuda.graph(graph, stream=self._side_stream, capture_error_mode="thread_local"),
+        ):
             outcome = run()
         return graph.replay, outcome
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """Run the block on a side stream, as CUDA graphs require for steps before a recording."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side_stream):
             yield
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._side_stream)
+
+    @cached_property
+    def _side_stream(self) -> torch.cuda.Stream:
+        """The stream of the warm-up and of the recording.
+
+        There is one: PyTorch has 32 streams for each device, which it hands out in turn, so that
+        many streams would soon coincide with those of the lanes.
+        """
+        return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def _copied(batch: Batch) -> Batch:

@@ -23,17 +23,19 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from torch import nn
 
-from ..engine.ensemble import StateDict, as_ensemble, clone, member
+from ..engine.ensemble import StateDict, as_ensemble, clone, member, trained_state
 from ..engine.fit import accuracy, predict
 from ..engine.inputs import Dataset
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
 from ..engine.samples import as_dataset
 from ..engine.tasks import Task, classification
+from ..io.frozen import FROZEN_KEY, check_frozen
 from ..io.messages import only
 from ..io.wire import KEY, check_wire_dtype, decode_request, encode_reply
 from ..method.core import train_edge
 from .mods import CallNext, guarded
+from .train_clones import MAX_CLONES, NUM_CLONES, check_num_clones
 
 LEGACY_REQUESTS = ("fitins.", "evaluateins.", "getparametersins.", "getpropertiesins.")
 
@@ -70,7 +72,7 @@ class EdgeClient(NumPyClient):
         held_out: Dataset | None = None,
         seed: int = 0,
         runtime: Runtime = Runtime(),
-        max_clones: int = 16,
+        max_clones: int = MAX_CLONES,
     ) -> None:
         self.model = model
         self.dataset = as_dataset(dataset, model, task)
@@ -84,8 +86,8 @@ class EdgeClient(NumPyClient):
         self.max_clones = max_clones
 
     def get_parameters(self, config: dict[str, Scalar]) -> NDArrays:
-        """Return the model's own weights, in the order of its state dict."""
-        return [tensor.numpy() for tensor in self.model.state_dict().values()]
+        """Return the weights of the model that travel, in the order of its state dict."""
+        return [tensor.numpy() for tensor in trained_state(self.model).values()]
 
     def fit(
         self, parameters: NDArrays, config: dict[str, Scalar]
@@ -97,9 +99,8 @@ class EdgeClient(NumPyClient):
         Raises:
             ValueError: if the arrays do not fit the model, or if a config value is out of range.
         """
-        num_clones = int(config.get("num-clones", 1))
-        if not 1 <= num_clones <= self.max_clones:
-            raise ValueError(f"num-clones: expected 1 to {self.max_clones}, got {num_clones}")
+        num_clones = check_num_clones(config.get(NUM_CLONES, 1), self.max_clones)
+        check_frozen(self.model, config.get(FROZEN_KEY, ""))
         mu = float(config.get("proximal-mu", self.recipe.proximal_mu))
         own_seed = fold_in(self.seed, int(config.get("server-round", 0)))
         started = time.perf_counter()
@@ -113,7 +114,7 @@ class EdgeClient(NumPyClient):
             seed=int(config.get("seed", own_seed)),
             runtime=self.runtime,
         )
-        reply = trained if "num-clones" in config else member(trained, 0)
+        reply = trained if NUM_CLONES in config else member(trained, 0)
         seconds = time.perf_counter() - started
         arrays = [tensor.numpy() for tensor in reply.values()]
         return arrays, len(self.dataset[1]), {"train-seconds": seconds}
@@ -129,7 +130,7 @@ class EdgeClient(NumPyClient):
         return loss, len(labels), {"accuracy": float(accuracy(outputs, labels, self.task))}
 
     def _params(self, parameters: NDArrays) -> StateDict:
-        like = self.model.state_dict()
+        like = trained_state(self.model)
         if len(parameters) != len(like):
             raise ValueError(f"parameters: expected {len(like)} arrays, got {len(parameters)}")
         # FedAvg averages integer counters into floats; the model needs integers.
@@ -203,7 +204,8 @@ def edge_app(
 def in_wire_dtype(message: Message, context: Context, call_next: CallNext) -> Message:
     """Client mod: reply in the form that "wire-dtype" of the request's config names.
 
-    It is the outermost mod, so that the client and its other mods handle float32 arrays only.
+    It is the first mod of a list, so that the client and its other mods handle float32 arrays only.
+    `edge_app` adds it; another client app may list it.
 
     Raises:
         ValueError: if the form is unknown.

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..asynchronous.session import Dispatch, Received
 from ..asynchronous.staleness import StalenessWeight
 from ..asynchronous.strategy import AsyncStrategy, LoopOptions
-from ..engine.ensemble import StateDict, member, size
+from ..engine.ensemble import StateDict, frozen_state, member, size, trained_state
+from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
 from ..method.core import Core, CoreState, EdgeResult, edge_seed
@@ -71,12 +72,19 @@ class ClonedKD(AsyncStrategy):
         self.wire_dtype = wire_dtype
         self.max_together = max_together
         self.state: CoreState | None = None
+        self._frozen_digest = frozen_digest(core.model)
         self._sent: StateDict = {}
         self._encoded: StateDict = {}
 
     def begin(self, arrays: ArrayRecord) -> None:
-        """Start from a core that has learned from no edge yet."""
-        like = self.core.model.state_dict()
+        """Start from a core that has learned from no edge yet.
+
+        Args:
+            arrays: the model, or the part of it that `trained_state` returns.
+        """
+        frozen = frozen_state(self.core.model)
+        arrays = ArrayRecord({k: array for k, array in arrays.items() if k not in frozen})
+        like = trained_state(self.core.model)
         self._publish(self.core.state(member(ensemble_of(arrays, like), 0)))
 
     @property
@@ -101,6 +109,8 @@ class ClonedKD(AsyncStrategy):
         config["seed"] = edge_seed(self.core.seed, server_round)
         if self.wire_dtype != "float32":
             config[KEY] = self.wire_dtype
+        if self._frozen_digest:
+            config[FROZEN_KEY] = self._frozen_digest
         content = RecordDict({"arrays": ArrayRecord(self._encoded), "config": config})
         return content, self._sent
 
@@ -161,7 +171,7 @@ class ClonedKD(AsyncStrategy):
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned; raise ValueError if it does not fit."""
-        like = self.core.model.state_dict()
+        like = trained_state(self.core.model)
         self._publish(CoreState.from_state_dict(tensors, state, like))
 
     def settings(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from flwr.server.strategy import Strategy
 
 from ..asynchronous.rounds import log_round
 from ..asynchronous.session import Dispatch, Session
-from ..engine.ensemble import StateDict, member
+from ..engine.ensemble import StateDict, frozen_state, member, trained_state
 from ..engine.fit import accuracy
 from ..io.messages import MAX_CHARACTERS, MAX_NAME_CHARACTERS, ensemble_of, num_bytes
 from ..io.wire import scale_names
@@ -89,8 +89,10 @@ class LegacyClonedKD(Strategy):
         self._method = ClonedKD(
             core, num_clones=num_clones, send=send, wire_dtype=wire_dtype, revisit=revisit
         )
-        self._like = core.model.state_dict()
-        self._first = member(ensemble_of(ArrayRecord(params), self._like), 0)
+        self._like = trained_state(core.model)
+        frozen = frozen_state(core.model)
+        first = {name: tensor for name, tensor in params.items() if name not in frozen}
+        self._first = member(ensemble_of(ArrayRecord(first), self._like), 0)
         self._session = Session(revisit)
         self._patient = True
 

@@ -19,6 +19,9 @@ from ..io.messages import ensemble_of, only
 CallNext = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, CallNext], Message]
 
+CLONE_INDEX = "clone-index"
+"""Key of the config of a request for one clone, which `train_clones` makes: its index, from 0."""
+
 MOD_FAILED = 6
 """Flower's error code for a mod whose precondition does not hold."""
 
@@ -84,7 +87,8 @@ class LocalDpClones:
     standard deviation sqrt(E) * sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon (Dwork and Roth
     2014, Theorem A.1). All E clones depend on the same data, so the factor sqrt(E) is needed for
     (epsilon, delta) to hold for the arrays of the whole reply. The metrics of the reply are not
-    covered.
+    covered. After `train_clones` in the list of mods, this mod would get one clone at a time and
+    add too little noise; it then replies with an error.
 
     Args:
         clipping_norm: C, above 0.
@@ -121,6 +125,12 @@ class LocalDpClones:
     def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
         if message.metadata.message_type != MessageType.TRAIN:
             return call_next(message, context)
+        if _has_key(message, CLONE_INDEX):
+            return refuse(
+                message,
+                "LocalDpClones: expected the request for all clones, got that for one clone; "
+                "put this mod before train_clones in the list of mods",
+            )
 
         def change(sent: StateDict, edge: Ensemble) -> tuple[Ensemble, dict[str, float]]:
             clipped, _ = clip(sent, edge, self.clipping_norm)
@@ -271,7 +281,12 @@ def _read(message: Message, reply: Message) -> tuple[StateDict, Ensemble, bool]:
 
 
 def _asks_for_clones(message: Message) -> bool:
-    return any("num-clones" in config for config in message.content.config_records.values())
+    return _has_key(message, "num-clones") or _has_key(message, CLONE_INDEX)
+
+
+def _has_key(message: Message, key: str) -> bool:
+    """Return whether a config of the request has a key."""
+    return any(key in config for config in message.content.config_records.values())
 
 
 def _norm_of(message: Message) -> float:

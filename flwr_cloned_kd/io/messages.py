@@ -54,6 +54,11 @@ def ensemble_of(
             unless `wire_dtype` is "float32".
         wire_dtype: the requested form of the arrays, see `wire`.
     """
+    return as_ensemble(decode_reply(arrays_of(record), sent or {}, wire_dtype), like)
+
+
+def arrays_of(record: ArrayRecord) -> dict[str, Any]:
+    """Decode the arrays of a record; what the bytes of an array contain is not checked."""
     arrays: dict[str, Any] = {}
     for name, array in record.items():
         try:
@@ -61,7 +66,7 @@ def ensemble_of(
         except Exception as error:  # NumPy raises errors of many types for malformed bytes
             cause = f"{type(error).__name__}: {str(error)[:MAX_CHARACTERS]}"
             raise ValueError(f"{name[:80]!r}: expected a NumPy array, got {cause!r}") from None
-    return as_ensemble(decode_reply(arrays, sent or {}, wire_dtype), like)
+    return arrays
 
 
 def metrics_of(content: RecordDict) -> dict[str, float]:

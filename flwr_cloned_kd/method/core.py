@@ -17,6 +17,7 @@ from ..engine.ensemble import (
     mean,
     member,
     size,
+    trained_state,
 )
 from ..engine.fit import accuracy, fit, predict
 from ..engine.inputs import Dataset
@@ -190,7 +191,7 @@ class Core:
         """Phase 0: train on the core data, from `start` or from the weights of the model."""
         trained = fit(
             self.model,
-            clone(self.model.state_dict() if start is None else start, 1),
+            clone(trained_state(self.model) if start is None else start, 1),
             self.dataset,
             self.recipe,
             task=self.task,

@@ -62,7 +62,10 @@ class TargetBank:
         self._view_seed = view_seed
         self._temperature = temperature
         self._max_bytes = max_bytes
-        self._weights = [1 / size(ensemble)] * size(ensemble)
+        # Made once: a GPU waits for the CPU whenever a tensor is made of Python's numbers.
+        self._weights = torch.full(
+            (size(ensemble),), 1 / size(ensemble), dtype=torch.float32, device=runtime.target
+        )
         self._outputs = Predictor(
             model,
             ensemble,

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
+from tests.examples.test_examples import run as run_script
 from tests.examples.test_examples import runner
 from tests.helpers.fake_grid import FakeGrid
 
 DROP_IN = Path(__file__).parents[2] / "examples" / "drop_in"
 CONFIG = {"local-epochs": 2, "learning-rate": 0.1, "batch-size": 32, "num-server-rounds": 2}
+STEPS = {"first": ["drop_in.diff"], "second": ["drop_in.diff", "clones.diff"]}
 
 
 def copy(tmp_path, *diffs):
@@ -105,23 +108,60 @@ def test_the_changed_app_distils_plain_replies(load, tmp_path, capsys, flower_lo
 
 def test_the_second_diff_makes_the_client_train_clones(load, tmp_path, capsys, flower_log):
     server, client = load(copy(tmp_path, "drop_in.diff", "clones.diff"))
-    sizes = []
+    replies = []
 
-    def weigh(message, context):
+    def keep(message, context):
         reply = client(message, context)
         if message.metadata.message_type == "train":
-            sizes.append(len(reply.content["arrays"]["fc2.bias"].numpy()))
-            assert reply.content["arrays"]["fc2.bias"].numpy().shape == (3, 10)
+            replies.append(reply.content)
         return reply
 
-    run(server, weigh, CONFIG)
-    assert sizes == [3, 3]
+    run(server, keep, CONFIG)
+    assert len(replies) == 2
+    for content in replies:
+        biases = content["arrays"]["fc2.bias"].numpy()
+        assert biases.shape == (3, 10)
+        # The clones differ, because the client seeds its draws from the request.
+        assert len({bias.tobytes() for bias in biases}) == 3
+        assert "identical-clones" not in content["metrics"]
+        assert content["metrics"].keys() == {"train_loss", "num-examples", "train-seconds"}
     assert not refused(flower_log)
     assert "Final accuracy: 0." in capsys.readouterr().out
 
 
+def test_the_second_diff_keeps_the_training_loop_and_every_line_but_one(tmp_path):
+    lines = (DROP_IN / "clones.diff").read_text().splitlines()
+    removed = [line for line in lines if line.startswith("-") and not line.startswith("---")]
+    added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+    assert removed == ["-app = ClientApp()"]
+    assert len(added) == 3  # the import, the mod and the seed
+    first, second = (copy(tmp_path / name, *diffs) for name, diffs in STEPS.items())
+    different = [
+        path for path in files(first) if (first / path).read_bytes() != (second / path).read_bytes()
+    ]
+    assert different == [Path("digits_app/client_app.py")]
+
+
+def test_the_script_measures_all_three_apps(tmp_path):
+    """The script of the README, with few epochs."""
+    examples = tmp_path / "drop_in"
+    shutil.copytree(DROP_IN, examples, ignore=shutil.ignore_patterns("__pycache__"))
+    project = examples / "before" / "pyproject.toml"
+    project.write_text(project.read_text().replace("local-epochs = 10", "local-epochs = 1"))
+    diff = examples / "drop_in.diff"
+    diff.write_text(
+        diff.read_text()
+        .replace(" local-epochs = 10", " local-epochs = 1")
+        .replace("epochs=40", "epochs=1")
+    )
+    result = run_script(examples / "measure.py", "--seeds", "1")
+    assert result.returncode == 0, result.stderr
+    names = [line.split(": ")[0] for line in result.stdout.splitlines()]
+    assert names == ["before", "after", "after with clones.diff"]
+
+
 @pytest.mark.simulation
-@pytest.mark.parametrize("diffs", [["drop_in.diff"], ["drop_in.diff", "clones.diff"]])
+@pytest.mark.parametrize("diffs", STEPS.values(), ids=STEPS)
 def test_the_changed_app_runs_under_flwr_run(tmp_path, diffs, capsys):
     app = copy(tmp_path, *diffs)
     resources = {"num-supernodes": 3, "client-resources-num-cpus": 1}
