@@ -19,7 +19,7 @@ from .optimizers import can_batch, can_record, optimizer_name
 from .progress import Progress, log_once
 from .recipe import Epoch, Recipe, fold_in
 from .runtime import Plan, Runtime, available_threads, samples_at_once, settings
-from .samples import as_dataset, as_inputs
+from .samples import as_dataset, as_inputs, check_memory
 from .step import Outcome, RecordedStep, Step, StepFunction
 from .tasks import Task, classification, counting
 
@@ -187,6 +187,9 @@ def predict(
 
     Args:
         inputs: a tensor or array `[N, ...]`, or a nested dict or tuple of such.
+
+    Raises:
+        ValueError: if the outputs do not fit into the free memory.
     """
     inputs = as_inputs(inputs, model)
     batch_size = batch_size or samples_at_once(runtime.target, inputs)
@@ -194,8 +197,13 @@ def predict(
         logits_of = Predictor(
             model, ensemble, runtime, batch_size=batch_size, num_samples=num_rows(inputs)
         )
-        logits = [logits_of(part).cpu() for part in split_rows(inputs, batch_size)]
-        return torch.cat(logits, dim=1)
+        outputs: list[Tensor] = []
+        for part in split_rows(inputs, batch_size):
+            outputs.append(logits_of(part).cpu())
+            if len(outputs) == 1:
+                share = num_rows(part) / num_rows(inputs)
+                check_memory(int(outputs[0].nbytes / share), "predictions")
+        return torch.cat(outputs, dim=1)
 
 
 def accuracy(outputs: Tensor, labels: Tensor, task: Task = classification) -> Tensor:

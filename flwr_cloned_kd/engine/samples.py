@@ -82,7 +82,8 @@ def as_dataset(
         if model is not None and task is not None:
             _check_model(model, dataset, task)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        # The cause is what the user's own model raised, if it did.
+        raise ValueError(f"{name}: {error}") from error.__cause__
     return dataset
 
 
@@ -149,13 +150,12 @@ def _tensor(value: Any, name: str) -> Tensor:
         return value
     if isinstance(value, bool | int | float):
         return torch.tensor(value)
-    if isinstance(value, list):
+    if isinstance(value, list) or hasattr(value, "__array__"):  # such as a table of pandas
         value = np.asarray(value)
-    if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind not in "fiub":
-        kind = type(value).__name__
-        dtype = f" with dtype {value.dtype}" if isinstance(value, np.ndarray) else ""
-        raise ValueError(f"{name}: expected numbers in a tensor or an array, got {kind}{dtype}")
-    array = np.asarray(value)
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+        kind = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{name}: expected numbers in a tensor or an array, got {kind}")
+    array = value
     if array.dtype.kind == "u" and array.itemsize > 1:
         array = array.astype(np.int64)  # PyTorch has few operations for these types
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -192,7 +192,7 @@ def _collected(data: Any, label_key: str | None) -> tuple[Inputs, Tensor]:
     if not len(data):
         raise ValueError("expected at least one sample, got none")
     first, form = tree_flatten(_sample(data, 0, label_key))
-    _check_memory(len(data) * sum(tensor.nbytes for tensor in first))
+    check_memory(len(data) * sum(tensor.nbytes for tensor in first), "samples")
     columns = [torch.empty((len(data), *tensor.shape), dtype=tensor.dtype) for tensor in first]
     for index in range(len(data)):
         tensors, form_of_sample = tree_flatten(_sample(data, index, label_key))
@@ -211,7 +211,13 @@ def _collected(data: Any, label_key: str | None) -> tuple[Inputs, Tensor]:
 
 def _sample(data: Any, index: int, label_key: str | None) -> tuple[Inputs, Tensor]:
     """Read one sample as tensors: (inputs, label)."""
-    sample = data[index]
+    try:
+        sample = data[index]
+    except (KeyError, TypeError) as error:  # such as a table of pandas, whose keys are columns
+        raise ValueError(
+            f"sample {index}: expected a dataset with samples 0 to {len(data) - 1}, got "
+            f"{type(data).__name__} without {error}"
+        ) from error
     try:
         if isinstance(sample, Mapping):
             inputs, label = _without_label(sample, label_key)
@@ -225,12 +231,17 @@ def _sample(data: Any, index: int, label_key: str | None) -> tuple[Inputs, Tenso
         raise ValueError(f"sample {index}: {error}") from None
 
 
-def _check_memory(num_bytes: int) -> None:
+def check_memory(num_bytes: int, what: str) -> None:
+    """Refuse what does not fit into the free memory.
+
+    Raises:
+        ValueError: with both sizes.
+    """
     available = available_bytes()
     if num_bytes > available:
         raise ValueError(
             f"expected at most the {available / GIGABYTE:.1f} GB of free memory, "
-            f"got {num_bytes / GIGABYTE:.1f} GB of samples"
+            f"got {num_bytes / GIGABYTE:.1f} GB of {what}"
         )
 
 

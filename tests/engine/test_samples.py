@@ -37,6 +37,16 @@ class Rows:
         return self.samples[index]
 
 
+class Frame:
+    """Something that NumPy converts, as it does a table of pandas."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
 def rows_of(**columns):
     return Rows([dict(zip(columns, row)) for row in zip(*columns.values())])
 
@@ -62,6 +72,7 @@ FORMS = {
     "pairs of a tensor and a number": lambda: Rows(list(zip(INPUTS, LABELS.tolist()))),
     "a list of samples": lambda: list(zip(INPUTS.numpy(), LABELS.numpy())),
     "dicts": lambda: rows_of(image=INPUTS, label=LABELS),
+    "objects that become arrays": lambda: (Frame(INPUTS.numpy()), Frame(LABELS.numpy())),
     "HuggingFace": huggingface_rows,
 }
 
@@ -272,11 +283,11 @@ REFUSED = {
     ),
     "strings": (
         (np.array(["a"] * 12), LABELS),
-        r"inputs: expected numbers in a tensor or an array, got ndarray with dtype <U1",
+        r"inputs: expected numbers in a tensor or an array, got dtype <U1",
     ),
     "objects": (
         (np.array([None] * 12), LABELS),
-        r"inputs: expected numbers in a tensor or an array, got ndarray with dtype object",
+        r"inputs: expected numbers in a tensor or an array, got dtype object",
     ),
     "text in rows": (
         rows_of(text=["a", "b"], label=[0, 1]),
@@ -297,6 +308,10 @@ REFUSED = {
     "samples without a label": (
         Rows([torch.zeros(5)]),
         r"sample 0: expected \(input, label\) or a dict, got Tensor",
+    ),
+    "a table": (
+        type("Table", (Rows,), {"__getitem__": lambda self, key: {}[key]})([1, 2]),
+        r"sample 0: expected a dataset with samples 0 to 1, got Table without 0",
     ),
     "a loader": (
         DataLoader(TensorDataset(INPUTS, LABELS)),
@@ -377,6 +392,28 @@ def test_a_dataset_larger_than_the_free_memory_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"at most the 1.0 GB of free memory, got 1.2 GB of"):
         as_dataset(large)
     assert as_dataset(Rows([(torch.zeros(4), 0)] * 3))[0].shape == (3, 4)
+
+
+def test_predictions_larger_than_the_free_memory_are_refused(monkeypatch):
+    # 3 clones, 12 samples of 64 numbers, 4 bytes each: 9,216 bytes.
+    model = nn.Flatten()
+    model.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    start = clone(model.state_dict(), 3)
+    monkeypatch.setattr(samples, "available_bytes", lambda: 9_215)
+    with pytest.raises(ValueError, match=r"free memory, got 0.0 GB of predictions"):
+        predict(model, start, INPUTS, batch_size=5)
+    monkeypatch.setattr(samples, "available_bytes", lambda: 9_216)
+    assert predict(model, start, INPUTS, batch_size=5).shape == (3, 12, 64)
+
+
+def test_an_error_of_the_model_keeps_its_cause():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise KeyError("my own mistake")
+
+    with pytest.raises(ValueError, match=r"model: expected to run on .*my own mistake") as raised:
+        Core(model=Broken(), dataset=DATA, recipe=RECIPE)
+    assert isinstance(raised.value.__cause__, KeyError)
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -23,6 +23,7 @@ from flwr_cloned_kd import (
     Core,
     LegacyClonedKD,
     Recipe,
+    Regression,
     digits_cnn,
     edge_seed,
     load_digits,
@@ -437,6 +438,17 @@ def test_the_core_is_evaluated_on_held_out_data():
     assert loss == pytest.approx(2.302585, abs=1e-5)
     share = float((core.held_out[1] == 0).float().mean())  # argmax of equal logits is class 0
     assert metrics == {"core-accuracy": pytest.approx(share)}
+
+
+def test_the_core_is_evaluated_by_its_task():
+    # The weights are 0, so that the outputs are 0: squared errors of 1 and 9, one within 2.
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Flatten(0))
+    data = torch.zeros(2, 1), torch.tensor([1.0, 3.0])
+    core = Core(model=model, dataset=data, held_out=data, task=Regression(tolerance=2))
+    params = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    strategy = LegacyClonedKD(core, params)
+    parameters = strategy.initialize_parameters(SimpleClientManager())
+    assert strategy.evaluate(0, parameters) == (5.0, {"core-accuracy": 0.5})
 
 
 def test_without_held_out_data_nothing_is_evaluated():

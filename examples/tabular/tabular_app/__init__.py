@@ -1,0 +1,1 @@
+"""Cloned knowledge distillation on a table."""

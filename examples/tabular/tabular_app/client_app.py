@@ -1,0 +1,18 @@
+"""The edges: each one has a part of the table."""
+
+from flwr.app import Context
+
+from flwr_cloned_kd import EdgeClient, edge_app
+from tabular_app.task import build_model, load, recipe_of
+
+
+def client_fn(context: Context) -> EdgeClient:
+    """Make the edge that a node stands for."""
+    config = context.run_config
+    edge, seed = int(context.node_config["partition-id"]), int(config["seed"])
+    parts, held_out = load(int(config["num-edges"]), seed)
+    recipe = recipe_of(int(config["epochs"]))
+    return EdgeClient(build_model(seed), parts[1 + edge], recipe, held_out=held_out, seed=seed)
+
+
+app = edge_app(client_fn)

@@ -1,0 +1,20 @@
+"""The edges: each one has a part of the text."""
+
+from flwr.app import Context
+
+from flwr_cloned_kd import EdgeClient, edge_app
+from text_app.task import TASK, build_model, load, recipe_of
+
+
+def client_fn(context: Context) -> EdgeClient:
+    """Make the edge that a node stands for."""
+    config = context.run_config
+    edge, seed = int(context.node_config["partition-id"]), int(config["seed"])
+    parts, held_out = load(int(config["num-edges"]), seed)
+    recipe = recipe_of(int(config["steps"]))
+    return EdgeClient(
+        build_model(seed), parts[1 + edge], recipe, task=TASK, held_out=held_out, seed=seed
+    )
+
+
+app = edge_app(client_fn)
