@@ -41,7 +41,7 @@ def gradient(loss, outputs):
 
 def kd_gradient(task, student, teachers, weights, labels, temperature, student_temperature=None):
     """Return the gradient of the KD term alone: that of the whole loss less that of the labels."""
-    target = soft_target(teachers, weights, temperature, task)
+    target = soft_target(teachers, teachers.new_tensor(weights), temperature, task)
     loss = distillation(temperature, student_temperature, task)
     batch = batch_of(labels)._replace(targets=target)
     whole = gradient(lambda outputs: loss(outputs, batch), student)
@@ -223,7 +223,7 @@ def test_classification_has_the_bits_of_the_formulas_of_the_paper():
     )
     labels = torch.arange(7) % 3
     weights = [0.25, 0.5, 0.125, 0.7]
-    target = soft_target(teachers, weights, 3.0)
+    target = soft_target(teachers, teachers.new_tensor(weights), 3.0)
     assert torch.equal(
         target, torch.einsum("k,kbc->bc", torch.tensor(weights), (teachers / 3.0).softmax(-1))
     )
