@@ -83,22 +83,34 @@ class Study:
         )
         self.first = self.core.pretrain()
 
-    def grid(self, num_clones: int) -> VirtualGrid:
-        """Make the federation; the time to train is proportional to the number of clones."""
+    def grid(self, num_clones: int, further: float = 0.0) -> VirtualGrid:
+        """Make the federation; the time to train is proportional to the number of clones.
+
+        Args:
+            further: seconds of the core for each further answer that is distilled together.
+        """
         return VirtualGrid(
             [self._edge(index) for index in range(len(self._parts))],
             compute=LogNormal(median=num_clones * TRAIN_SECONDS, sigma=SPREAD),
             down=BYTES_PER_SECOND,
             up=BYTES_PER_SECOND,
             core=CORE_SECONDS,
+            further=further,
             seed=self._seed,
         )
 
-    def cloned_kd(self, in_flight: int) -> Curve:
+    def cloned_kd(
+        self, in_flight: int, *, num_clones: int = 3, together: int = 1, further: float = 0.0
+    ) -> Curve:
         """Run cloned KD: each edge trains once."""
-        strategy = ClonedKD(self.core, num_clones=3, max_in_flight=in_flight)
+        strategy = ClonedKD(
+            self.core, num_clones=num_clones, max_in_flight=in_flight, max_together=together
+        )
         strategy.start(
-            self.grid(3), ArrayRecord(self.first), num_rounds=len(self._parts), timeout=1e6
+            self.grid(num_clones, further),
+            ArrayRecord(self.first),
+            num_rounds=len(self._parts),
+            timeout=1e6,
         )
         return self._curve(strategy.history)
 
@@ -109,7 +121,7 @@ class Study:
         strategy = kind(max_in_flight=8, measure=self._measure, **options)
         # The time of an average is negligible against that of a distillation.
         grid = self.grid(1)
-        grid.core_seconds = lambda edge, number: 0.0  # type: ignore[method-assign]
+        grid.core_seconds = lambda answers: 0.0  # type: ignore[method-assign]
         strategy.start(grid, ArrayRecord(self.first), num_rounds=answers, timeout=1e6)
         return self._curve(strategy.history)
 

@@ -41,7 +41,7 @@ from flwr_cloned_kd.data.datasets import moments
 from flwr_cloned_kd.data.models import resnet
 from flwr_cloned_kd.engine.inputs import Dataset
 from flwr_cloned_kd.engine.runtime import Plan, plan
-from flwr_cloned_kd.method.targets import TargetBank, computed_ahead, weighted_sum
+from flwr_cloned_kd.method.targets import TargetBank, weighted_sum
 
 TEMPERATURE = 4.0
 LOAD_START_SECONDS = 5.0
@@ -238,17 +238,16 @@ class Engine:
         """Distil the memory; the targets of the newest ensemble are computed here."""
         setup = self._setup
         self._banks[-1] = self._bank(self._edges[-1])
-        with computed_ahead(self._banks, setup.recipe, self._runtime) as announce:
-            fit(
-                setup.model,
-                clone(setup.model.state_dict(), 1),
-                setup.data,
-                setup.recipe,
-                loss=distillation(TEMPERATURE),
-                targets=weighted_sum(self._banks, [1.0] * len(self._banks), announce),
-                view_seed=0,
-                runtime=self._runtime,
-            )
+        fit(
+            setup.model,
+            clone(setup.model.state_dict(), 1),
+            setup.data,
+            setup.recipe,
+            loss=distillation(TEMPERATURE),
+            targets=weighted_sum(self._banks, [1.0] * len(self._banks)),
+            view_seed=0,
+            runtime=self._runtime,
+        )
 
     def _bank(self, edge: dict[str, Tensor]) -> TargetBank:
         setup = self._setup

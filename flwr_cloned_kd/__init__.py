@@ -19,12 +19,22 @@ from .data.datasets import (
     take,
 )
 from .data.models import digits_cnn, resnet, resnet32
-from .engine.ensemble import Ensemble, StateDict, as_ensemble, clone, initialise, member
+from .engine.ensemble import (
+    Ensemble,
+    StateDict,
+    as_ensemble,
+    clone,
+    initialise,
+    member,
+    trained_state,
+)
 from .engine.fit import accuracy, fit, predict
 from .engine.inputs import CropAndFlip, Dataset, crop_and_flip, shuffle_labels
 from .engine.losses import cross_entropy, distillation
 from .engine.recipe import AccuracyReached, Plateau, Recipe, fold_in, step_decay
 from .engine.runtime import Runtime
+from .engine.samples import as_dataset
+from .engine.tasks import Classification, Regression, SeveralLabels, Task
 from .flower.client import EdgeClient, edge_app, in_wire_dtype
 from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
@@ -53,6 +63,7 @@ __all__ = [
     "VARIANTS",
     "AccuracyReached",
     "AsyncStrategy",
+    "Classification",
     "ClipClones",
     "ClonedKD",
     "Constant",
@@ -77,8 +88,11 @@ __all__ = [
     "Plateau",
     "PolynomialStaleness",
     "Recipe",
+    "Regression",
     "Runtime",
+    "SeveralLabels",
     "StateDict",
+    "Task",
     "Trace",
     "TrainAccuracyDrop",
     "TrainAccuracyJump",
@@ -87,6 +101,7 @@ __all__ = [
     "VirtualGrid",
     "accounts",
     "accuracy",
+    "as_dataset",
     "as_ensemble",
     "clone",
     "cloned",
@@ -121,5 +136,6 @@ __all__ = [
     "take",
     "train_clones",
     "train_edge",
+    "trained_state",
     "unselective",
 ]

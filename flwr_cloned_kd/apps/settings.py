@@ -247,6 +247,9 @@ class Settings:
     max_in_flight: Count = setting(
         1, RUN, "edges asked at the same time by cloned-kd, fedasync and fedbuff", "Flower run"
     )
+    max_together: Count = setting(
+        1, RUN, "waiting answers that cloned-kd distils in one Phase 2, at most", "Flower run"
+    )
     max_staleness: Staleness = setting(
         -1,
         RUN,

@@ -17,6 +17,9 @@ ACCURACY_COLUMNS = {
 }
 """Titles of the columns of fractions, and the metrics in them."""
 
+PARTS = ("edges train", "core learns", "start", "other")
+"""Titles of the columns that say where the seconds of a strategy went."""
+
 
 def rounds_table(rows: list[dict[str, Any]]) -> Table:
     """Lay out one line per round of every strategy."""
@@ -43,14 +46,24 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def comparison_table(rows: list[dict[str, Any]], first: float) -> Table:
-    """Lay out one line per strategy: rounds, accuracies, bytes and seconds.
+    """Lay out one line per strategy: rounds, accuracies, bytes, and where the seconds went.
+
+    "start" is the time before the first edge trains, in which Flower starts its processes; "other"
+    is mostly transfers and waiting for the next poll. The four parts add up to the seconds.
 
     Args:
         first: accuracy of the core before any edge, a fraction in [0, 1].
     """
     table = Table(title=f"Comparison (first core: {first:.3f})")
     table.add_column("strategy")
-    for title in ("rounds", "core acc. after 1", "core acc. at end", "MB in total", "seconds"):
+    for title in (
+        "rounds",
+        "core acc. after 1",
+        "core acc. at end",
+        "MB in total",
+        "seconds",
+        *PARTS,
+    ):
         table.add_column(title, justify="right")
     for name in dict.fromkeys(row["strategy"] for row in rows):
         own_rows = [row for row in rows if row["strategy"] == name]
@@ -62,8 +75,24 @@ def comparison_table(rows: list[dict[str, Any]], first: float) -> Table:
             f"{final_accuracy(own_rows, name, first):.3f}",
             f"{total:.3f}",
             f"{sum(row['seconds'] for row in own_rows):.1f}",
+            *_parts_of_seconds(own_rows),
         )
     return table
+
+
+def _parts_of_seconds(rows: list[dict[str, Any]]) -> list[str]:
+    """Write the seconds of the `PARTS` of a strategy's rounds; "-" for Flower's own strategies."""
+    if any("core-idle-seconds" not in row for row in rows):
+        return ["-"] * len(PARTS)
+    waits = [row["core-idle-seconds"] for row in rows]
+    # An edge may report any number, and it may have trained while the core learned.
+    trained = [
+        min(max(row.get("reported-train-seconds", 0.0), 0.0), wait)
+        for row, wait in zip(rows, waits)
+    ]
+    parts = [sum(trained), sum(row["core-seconds"] for row in rows), waits[0] - trained[0]]
+    other = sum(row["seconds"] for row in rows) - sum(parts)
+    return [f"{seconds:.1f}" for seconds in (*parts, max(other, 0.0))]
 
 
 def final_accuracy(rows: list[dict[str, Any]], strategy: str, first: float) -> float:

@@ -8,6 +8,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from ..io.messages import name_of
+from .clock import Stepped
 from .session import Session
 
 Result = TypeVar("Result")
@@ -35,15 +36,18 @@ def on_grid(call: Callable[[], Result]) -> Result:
 
 
 def pull_each(grid: Grid, message_ids: Iterable[str]) -> Iterator[Message]:
-    """Pull replies with one call for each message id.
+    """Pull replies with one call for each message id, or all at once from a `Stepped` grid.
 
     Flower deletes all replies that a call asks for before it decodes any of them. If replies were
     pulled together, one that cannot be decoded would cost all the others. For a reply that was
-    deleted in this way the next call returns an error reply.
+    deleted in this way the next call returns an error reply. A `Stepped` grid decodes nothing.
 
     Raises:
         GridFailure: at the first reply that cannot be fetched or decoded.
     """
+    if isinstance(grid, Stepped):
+        yield from on_grid(lambda: grid.pull_messages(message_ids))
+        return
     for message_id in message_ids:
         yield from on_grid(lambda asked=message_id: list(grid.pull_messages([asked])))  # type: ignore[misc]
 

@@ -1,7 +1,7 @@
 """The time of a run: the machine's clock, or the clock of a grid that has its own."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 
@@ -15,8 +15,12 @@ class Stepped(Protocol):
     def advance(self, until: float) -> bool:
         """Move to the next event, or to `until` if no event comes before; return which."""
 
-    def core_seconds(self, edge: str, number: int) -> float:
-        """Return how many seconds the core takes to learn from an answer."""
+    def core_seconds(self, answers: Sequence[tuple[str, int]]) -> float:
+        """Return how many seconds the core takes to learn from answers together.
+
+        Args:
+            answers: edge and number of the request of each, at least one.
+        """
 
 
 def clock_of(grid: object) -> Callable[[], float]:

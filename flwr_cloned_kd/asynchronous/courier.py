@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from logging import WARNING
 from types import TracebackType
 from typing import Self
@@ -17,6 +17,8 @@ from .session import Answer, Dispatch, Progress, Session
 
 MIN_POLL_SECONDS = 0.02
 MAX_POLL_SECONDS = 2.0
+POLL_GROWTH = 1.1
+"""Factor of the pause between two polls: an answer waits at most a tenth of its edge's seconds."""
 INITIAL_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 30.0
 MAX_FAILED_CALLS = 30
@@ -32,7 +34,7 @@ class Courier:
 
     `tick` is one pass over the network: it pulls replies that have arrived, gives up overdue
     requests and fills free slots. On an ordinary grid a separate thread calls it, so that edges
-    are asked while the core distils. On a `Stepped` grid the caller of `next_answer` does.
+    are asked while the core distils. On a `Stepped` grid the caller of `next_answers` does.
 
     Flower deletes a stored reply if its node is offline when the reply is asked for. Therefore the
     courier pulls replies while the core is busy too, and only those of nodes that are online.
@@ -97,8 +99,14 @@ class Courier:
         if self._thread is not None:
             self._thread.join()
 
-    def next_answer(self) -> Answer | None:
-        """Wait for the next answer; None if no edge is left to ask and no request is under way.
+    def next_answers(self, max_answers: int) -> list[Answer]:
+        """Wait for the next answer; return it with those that have arrived since, oldest first.
+
+        Args:
+            max_answers: the most answers to return, at least 1.
+
+        Returns:
+            An empty list if no edge is left to ask and no request is under way.
 
         Raises:
             ConnectionError: if the grid failed many times in a row.
@@ -110,15 +118,17 @@ class Courier:
             self._step_to_answer(self._stepped)
         with self._changed:
             if self._answers:
-                return self._answers.popleft()
+                num_answers = min(max_answers, len(self._answers))
+                return [self._answers.popleft() for _ in range(num_answers)]
         if self._error is not None:
             raise self._error
-        return None
+        return []
 
-    def core_works(self, dispatch: Dispatch) -> None:
+    def core_works(self, dispatches: Sequence[Dispatch]) -> None:
         """Move the clock of a `Stepped` grid while the core learns; edges work at the same time."""
         if self._stepped is not None:
-            seconds = self._stepped.core_seconds(dispatch.edge, dispatch.number)
+            answers = [(dispatch.edge, dispatch.number) for dispatch in dispatches]
+            seconds = self._stepped.core_seconds(answers)
             until = self.now() + seconds
             while self._advance(self._stepped, until):
                 self._attempt()
@@ -160,12 +170,12 @@ class Courier:
         try:
             while not self._closed and not self._ended:
                 retry_in = self._attempt()
-                pause = MIN_POLL_SECONDS if retry_in is None else 1.5 * pause
+                pause = MIN_POLL_SECONDS if retry_in is None else POLL_GROWTH * pause
                 pause = min(pause, MAX_POLL_SECONDS)
                 if self._wake.wait(max(retry_in or 0.0, pause)):
                     self._wake.clear()
                     pause = MIN_POLL_SECONDS
-        except BaseException as error:  # `next_answer` raises it in the caller's thread
+        except BaseException as error:  # `next_answers` raises it in the caller's thread
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

@@ -6,6 +6,7 @@ from typing import Any
 
 from flwr.common import log
 
+from ..io.messages import num_bytes
 from .session import Answer
 
 LOGGED_METRICS = {
@@ -20,20 +21,21 @@ LOGGED_METRICS = {
 """Metric -> what the log line of a round calls it."""
 
 
-def costs(answer: Answer, began: float, ended: float) -> dict[str, Any]:
-    """Return the bytes sent and the seconds that each part of a round took.
+def costs(answer: Answer, began: float, core_seconds: float) -> dict[str, Any]:
+    """Return the bytes that travelled and the seconds that each part of a round took.
 
     Args:
         began: when the core turned to the answer, in seconds.
-        ended: when the core had absorbed or refused it, in seconds.
+        core_seconds: how long the core took to absorb or refuse it.
     """
-    dispatch = answer.dispatch
+    dispatch, reply = answer.dispatch, answer.reply
     return {
         "number": dispatch.number,
         "bytes-down": dispatch.num_bytes,
+        "bytes-up": 0 if reply is None or reply.has_error() else num_bytes(reply.content),
         "edge-seconds": answer.arrived_at - dispatch.sent_at,
         "wait-seconds": began - answer.arrived_at,
-        "core-seconds": ended - began,
+        "core-seconds": core_seconds,
         "edge-idle-seconds": dispatch.idle_seconds,
     }
 

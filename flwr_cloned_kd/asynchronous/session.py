@@ -3,9 +3,10 @@
 import heapq
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 INITIAL_REST_SECONDS = 10.0
 MAX_REST_SECONDS = 600.0
@@ -48,6 +49,15 @@ class Answer(NamedTuple):
     def failed(self) -> bool:
         """Whether the edge crashed or stayed silent."""
         return self.reply is None or self.reply.has_error()
+
+
+class Received(NamedTuple):
+    """A reply that a strategy may learn from."""
+
+    dispatch: Dispatch
+    content: RecordDict
+    staleness: int
+    """Versions that were made while the edge was away, 0 for a fresh answer."""
 
 
 class Progress(NamedTuple):
@@ -243,10 +253,10 @@ class Session:
 
         Times up to `now` are left out one by one: a rest that is over does not hide a deadline.
         """
-        deadlines = [dispatch.deadline for dispatch in self.in_flight.values()]
-        rests = [until for until, _ in self._resting]
-        due = (time for time in (*deadlines, *rests, self.paused_until) if time > now)
-        return min(due, default=float("inf"))
+        deadlines = (dispatch.deadline for dispatch in self.in_flight.values())
+        rests = (until for until, _ in self._resting)
+        times = chain(deadlines, rests, [self.paused_until])
+        return min((time for time in times if time > now), default=float("inf"))
 
     @property
     def gave_up(self) -> bool:

@@ -3,7 +3,7 @@
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,7 +20,7 @@ from .clock import Stepped, clock_of
 from .courier import Courier
 from .resume import SavedRun, load, save
 from .rounds import costs, log_round
-from .session import Answer, Dispatch, Progress, Session
+from .session import Answer, Dispatch, Received, Session
 from .timeline import Event
 
 WAIT_SECONDS = 0.2
@@ -78,6 +78,8 @@ class AsyncStrategy(Strategy):
 
     version = 0
     """How often the global model has changed."""
+    max_together = 1
+    """How many waiting answers `absorb_all` gets at once, at most."""
 
     def __init__(
         self,
@@ -135,6 +137,23 @@ class AsyncStrategy(Strategy):
             staleness: versions that were made while the edge was away, 0 for a fresh answer.
         """
 
+    def absorb_all(self, answers: Sequence[Received]) -> list[dict[str, float] | ValueError]:
+        """Learn from answers that wait at the same time; by default from one after the other.
+
+        Args:
+            answers: one up to `max_together`, in order of arrival.
+
+        Returns:
+            For each answer its metrics, or the reason to refuse it.
+        """
+        outcomes: list[dict[str, float] | ValueError] = []
+        for answer in answers:
+            try:
+                outcomes.append(self.absorb(*answer))
+            except ValueError as error:
+                outcomes.append(error)
+        return outcomes
+
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with the run before it, for JSON."""
         return {}
@@ -172,7 +191,8 @@ class AsyncStrategy(Strategy):
             timeout: seconds to wait for an edge's answer. Once no edge is left to ask, also the
                 seconds to wait for a new edge; then the run ends with what it has.
             evaluate_config: not used; edges are asked only to train.
-            evaluate_fn: (round, arrays) -> metrics, called for round 0 and after every round.
+            evaluate_fn: (round, arrays) -> metrics, called for round 0 and after every round; of
+                answers that were absorbed together, after the last.
 
         Returns:
             Flower's `Result`: final arrays and the metrics of all rounds, of those before a resume
@@ -205,16 +225,18 @@ class AsyncStrategy(Strategy):
         self, courier: Courier, num_rounds: int, result: Result, evaluate_fn: EvaluateFn | None
     ) -> None:
         while len(self.history) < num_rounds:
-            if (answer := courier.next_answer()) is None:
+            answers = courier.next_answers(self.max_together)
+            if not answers:
                 log(WARNING, "%s: ending the run with what it has", courier.why_it_ended())
                 return
-            server_round = len(self.history) + 1
-            metrics = self._settle(server_round, answer, courier)
-            result.train_metrics_clientapp[server_round] = metrics
+            first_round = len(self.history) + 1
+            metrics = self._settle(first_round, answers, courier)
+            result.train_metrics_clientapp.update(enumerate(metrics, first_round))
             if evaluate_fn is not None:  # before the next request: both may use one model
-                _evaluate(evaluate_fn, server_round, self.arrays, result)
-            courier.settle(answer)
-            self._save(courier.progress(), result)
+                _evaluate(evaluate_fn, len(self.history), self.arrays, result)
+            for answer in answers:
+                courier.settle(answer)
+            self._save(courier, result)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -246,9 +268,10 @@ class AsyncStrategy(Strategy):
         dispatch = self._session.arrive(message_id, now)
         if dispatch is None:
             return self.arrays, None
-        metrics = self._settle(server_round, Answer(dispatch, next(iter(replies), None), now))
+        answer = Answer(dispatch, next(iter(replies), None), now)
+        metrics = self._settle(server_round, [answer])
         self._session.settle(dispatch)
-        return self.arrays, metrics
+        return self.arrays, metrics[0]
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -268,46 +291,70 @@ class AsyncStrategy(Strategy):
         log(INFO, "\t├── An edge is asked: %s", "again and again" if self.revisit else "once")
 
     def _settle(
-        self, server_round: int, answer: Answer, courier: Courier | None = None
-    ) -> MetricRecord:
-        """Absorb an answer or refuse it; log the round and add its row to the history."""
-        dispatch = answer.dispatch
+        self, first_round: int, answers: Sequence[Answer], courier: Courier | None = None
+    ) -> list[MetricRecord]:
+        """Absorb answers or refuse them; log their rounds and add their rows to the history.
+
+        The answers share the seconds of the core evenly; the first one has the time that the core
+        waited.
+        """
         began = self._now()
         idle_seconds = began - self._idle_since
-        staleness = self.version - dispatch.version
-        self._record(began, "learn", dispatch.edge, dispatch.number)
-        content, cause = _content(answer)
-        metrics: dict[str, float] = {"accepted": 0.0}
-        if content is not None:
-            if courier is not None:
-                courier.core_works(dispatch)
-            try:
-                self._check_staleness(staleness)
-                metrics |= {"accepted": 1.0} | self.absorb(dispatch, content, staleness)
-            except ValueError as error:
-                cause = str(error)
+        staleness = [self.version - answer.dispatch.version for answer in answers]
+        for answer in answers:
+            self._record(began, "learn", answer.dispatch.edge, answer.dispatch.number)
+        outcomes = self._outcomes(answers, courier)
         ended = self._now()
-        kind = "absorb" if metrics["accepted"] else "refuse"
-        self._record(ended, kind, dispatch.edge, dispatch.number)
-        cause = log_round(server_round, dispatch.edge, metrics, cause)
-        numbers = {
-            **metrics,
-            **costs(answer, began, ended),
-            "staleness": staleness,
-            "bytes-up": 0 if content is None else num_bytes(content),
-            "core-idle-seconds": idle_seconds,
-            "time": ended - self._started,
-        }
-        row = {"round": server_round, "edge": dispatch.edge, "cause": cause, **numbers}
-        self.history.append(row)
-        if self.on_round is not None:
-            self.on_round(dict(row))
+        core_seconds = (ended - began) / len(answers)
+        records = []
+        for place, (answer, outcome) in enumerate(zip(answers, outcomes)):
+            dispatch = answer.dispatch
+            metrics: dict[str, float] = {"accepted": 0.0}
+            cause = str(outcome)
+            if not isinstance(outcome, ValueError):
+                metrics |= {"accepted": 1.0} | outcome
+                cause = ""
+            kind = "absorb" if metrics["accepted"] else "refuse"
+            self._record(ended, kind, dispatch.edge, dispatch.number)
+            server_round = first_round + place
+            cause = log_round(server_round, dispatch.edge, metrics, cause)
+            numbers = {
+                **metrics,
+                **costs(answer, began, core_seconds),
+                "staleness": staleness[place],
+                "core-idle-seconds": 0.0 if place else idle_seconds,
+                "time": ended - self._started,
+            }
+            row = {"round": server_round, "edge": dispatch.edge, "cause": cause, **numbers}
+            self.history.append(row)
+            records.append(MetricRecord(numbers))
+            if self.on_round is not None:
+                self.on_round(dict(row))
         self._idle_since = self._now()
-        return MetricRecord(numbers)
+        return records
 
-    def _check_staleness(self, staleness: int) -> None:
+    def _outcomes(
+        self, answers: Sequence[Answer], courier: Courier | None
+    ) -> list[dict[str, float] | ValueError]:
+        """Return for each answer its metrics, or the reason to refuse it."""
+        checked = [self._check(answer) for answer in answers]
+        received = [answer for answer in checked if isinstance(answer, Received)]
+        if received and courier is not None:
+            courier.core_works([answer.dispatch for answer in received])
+        absorbed = iter(self.absorb_all(received) if received else [])
+        return [next(absorbed) if isinstance(answer, Received) else answer for answer in checked]
+
+    def _check(self, answer: Answer) -> Received | ValueError:
+        """Return what the strategy may learn from, or the reason to refuse it."""
+        dispatch = answer.dispatch
+        try:
+            content = content_of(answer.reply, answer.arrived_at - dispatch.sent_at)
+        except ValueError as error:
+            return error
+        staleness = self.version - dispatch.version
         if self.max_staleness is not None and staleness > self.max_staleness:
-            raise ValueError(f"staleness: expected at most {self.max_staleness}, got {staleness}")
+            return ValueError(f"staleness: expected at most {self.max_staleness}, got {staleness}")
+        return Received(dispatch, content, staleness)
 
     def _compose(
         self, number: int, node: int, now: float, config: ConfigRecord
@@ -360,7 +407,7 @@ class AsyncStrategy(Strategy):
         self.events = []
         self.history = []
 
-    def _save(self, progress: Progress, result: Result) -> None:
+    def _save(self, courier: Courier, result: Result) -> None:
         """Write a checkpoint, if the run has one."""
         if self.checkpoint is None:
             return
@@ -372,7 +419,7 @@ class AsyncStrategy(Strategy):
             version=self.version,
             tensors=tensors,
             state=state,
-            progress=progress,
+            progress=courier.progress(),
             history=self.history,
             evaluations={number: dict(metrics) for number, metrics in evaluations.items()},
         )
@@ -422,14 +469,6 @@ class AsyncStrategy(Strategy):
             if getattr(type(self), name) is getattr(AsyncStrategy, name):
                 message = f"checkpoint: expected {type(self).__name__} to have {name}()"
                 raise ValueError(message)
-
-
-def _content(answer: Answer) -> tuple[RecordDict | None, str]:
-    """Return what an edge replied and "", or None and why it must be refused."""
-    try:
-        return content_of(answer.reply, answer.arrived_at - answer.dispatch.sent_at), ""
-    except ValueError as error:
-        return None, str(error)
 
 
 def _evaluate(

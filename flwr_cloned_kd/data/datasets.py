@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine.inputs import Dataset
+from ..engine.nested import rows_of
 
 NUMPY_READ_ERRORS = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """Exceptions that NumPy raises for a truncated, corrupt or non-archive file."""
@@ -210,4 +211,5 @@ def take(dataset: Dataset, rows: Tensor | Sequence[int]) -> Dataset:
     index = torch.as_tensor(rows)
     if not len(index):
         index = index.long()  # an empty list becomes float32, which cannot index
-    return dataset[0][index], dataset[1][index]
+    part: Dataset = rows_of(dataset, index)
+    return part

@@ -143,6 +143,41 @@ def _some(names: list[str]) -> str:
     return f"{listed} and {num_more} more" if num_more > 0 else listed
 
 
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the largest submodules that have parameters, none of which requires a gradient.
+
+    The model itself is one of them if it has no parameter that requires a gradient.
+    """
+    parameters = list(model.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return [model]
+    return [module for child in model.children() for module in frozen_modules(child)]
+
+
+def trained_state(model: nn.Module) -> StateDict:
+    """Return the part of a model's state dict that training can change.
+
+    These are the parameters that require a gradient, and the buffers outside of `frozen_modules`.
+    This part travels, is remembered and is written to checkpoints; for a model without a frozen
+    parameter it is the whole state dict. Load it into a model that has the same frozen part with
+    `load_state_dict(..., strict=False)`.
+    """
+    frozen_tensors = {id(p) for p in model.parameters() if not p.requires_grad}
+    for module in frozen_modules(model):
+        frozen_tensors |= {id(buffer) for buffer in module.buffers()}
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if id(tensor) not in frozen_tensors
+    }
+
+
+def frozen_state(model: nn.Module) -> StateDict:
+    """Return the part of a model's state dict that training cannot change."""
+    trained = trained_state(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
+
+
 def initialise(model: nn.Module, seed: int) -> StateDict:
     """Draw new initial weights for a model; the model and the global generator stay unchanged.
 

@@ -3,19 +3,25 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from .ensemble import Ensemble, size
 from .inputs import Dataset, FiniteViews
-from .lanes import Lane, lanes
-from .losses import Batch, Loss, Targets, cross_entropy
-from .progress import Progress
+from .lanes import Lane, lanes, repeated
+from .losses import Batch, Loss, Targets, supervised
+from .nested import Inputs, num_rows, on_device, rows_of, split_rows
+from .optimizers import can_batch, can_record, optimizer_name
+from .progress import Progress, log_once
 from .recipe import Epoch, Recipe, fold_in
 from .runtime import Plan, Runtime, available_threads, samples_at_once, settings
+from .samples import as_dataset, as_inputs
 from .step import Outcome, RecordedStep, Step, StepFunction
+from .tasks import Task, classification, counting
 
 
 def fit(
@@ -24,7 +30,8 @@ def fit(
     dataset: Dataset,
     recipe: Recipe,
     *,
-    loss: Loss = cross_entropy,
+    task: Task = classification,
+    loss: Loss | None = None,
     targets: Targets | None = None,
     seed: int = 0,
     view_seed: int | None = None,
@@ -40,8 +47,10 @@ def fit(
     Args:
         model: the architecture; its own weights are neither read nor written.
         ensemble: the starts `[E, ...]`; E = 1 trains a single model.
-        dataset: inputs `[N, ...]` and labels `[N]`.
-        loss: (logits, batch) -> scalar.
+        dataset: inputs `[N, ...]` and labels `[N, ...]`, or data in any form that `as_dataset`
+            converts.
+        task: what the outputs mean; `Recipe.stop` gets its accuracy.
+        loss: (outputs, batch) -> scalar; None is the loss of the task.
         targets: batch -> targets of the teachers, which become `batch.targets` for the loss.
         view_seed: draw the views of a finite augmentation from this seed and the number of the
             epoch, the same views for every clone; see `epoch_views`. None draws them from `seed`.
@@ -51,17 +60,19 @@ def fit(
         The trained ensemble, `[E, ...]`, on the CPU.
 
     Raises:
-        ValueError: if the dataset is empty, its tensors differ in length, or no parameter of the
-            model requires a gradient.
+        ValueError: if the dataset is empty, its tensors differ in length or hold a value that is
+            not finite, if no parameter of the model requires a gradient, or if the factory of the
+            recipe does not return an optimizer.
     """
-    inputs, labels = (tensor.to(runtime.target) for tensor in dataset)
-    if not len(inputs) or len(inputs) != len(labels):
-        raise ValueError(
-            "dataset: expected inputs and labels of one length above 0, "
-            f"got {len(inputs)} and {len(labels)}"
-        )
+    inputs, labels = on_device(as_dataset(dataset, model), runtime.target)
+    loss = supervised(task) if loss is None else loss
+    num_samples = len(labels)
     num_clones = size(ensemble)
-    num_batches = len(_batch_sizes(len(inputs), recipe.batch_size))
+    num_batches = len(recipe.batch_sizes(num_samples))
+    num_steps = recipe.num_steps(num_samples)
+    num_epochs = recipe.num_epochs(num_samples)
+    if not can_batch(recipe):
+        runtime = replace(runtime, batch_clones=False)
     generators = [torch.Generator().manual_seed(fold_in(seed, e)) for e in range(num_clones)]
     with settings(runtime, seed):
         clone_lanes, plan = lanes(
@@ -71,12 +82,18 @@ def fit(
             runtime,
             training=True,
             batch_size=recipe.batch_size,
-            num_samples=num_clones * len(inputs) * recipe.epochs,
+            num_samples=num_clones * min(num_samples * num_epochs, num_steps * recipe.batch_size),
         )
         if not clone_lanes[0].leaves:
             raise ValueError("model: expected a parameter that requires a gradient, got none")
+        if plan.cuda_graphs and not can_record(recipe):
+            log_once(
+                "cuda_graphs: expected SGD of the recipe or an optimizer with the option "
+                f"capturable, got {optimizer_name(recipe)}; training with plain steps"
+            )
+            plan = plan._replace(cuda_graphs=False)
         steps = make_steps(clone_lanes, recipe, loss, num_clones, plan)
-        progress = Progress(runtime.log, phase, recipe.epochs, num_clones * len(inputs), len(steps))
+        progress = Progress(runtime.log, phase, num_epochs, num_clones * num_samples, len(steps))
         clones_per_step = num_clones // len(steps)
 
         def train_epoch(place: int, epoch: int) -> Tensor:
@@ -86,11 +103,12 @@ def fit(
                 _epoch_batches(inputs, labels, recipe, generator, epoch, view_seed)
                 for generator in generators[first : first + clones_per_step]
             ]
-            meter = _Meter(recipe.stop is not None)
-            for index, batches in enumerate(zip(*feeds)):
+            meter = _Meter(task, needed=recipe.stop is not None)
+            steps_before = epoch * num_batches
+            for index, batches in enumerate(islice(zip(*feeds), num_steps - steps_before)):
                 if targets is not None:
                     batches = tuple(b._replace(targets=targets(b)) for b in batches)
-                share_done = (epoch * num_batches + index) / (recipe.epochs * num_batches)
+                share_done = (steps_before + index) / num_steps
                 lr = recipe.lr * recipe.schedule(share_done)
                 meter.add(steps[place](batches, lr), batches)
                 progress.step(epoch, (index + 1) / num_batches, place)
@@ -98,7 +116,7 @@ def fit(
 
         history = list[Epoch]()
         with side_by_side(plan) as run_all:
-            for epoch in range(recipe.epochs):
+            for epoch in range(num_epochs):
                 sums = run_all(partial(train_epoch, epoch=epoch), range(len(steps)))
                 if recipe.stop is not None:
                     history.append(_mean_of_epoch(sums))
@@ -109,7 +127,7 @@ def fit(
 
 
 class Predictor:
-    """A whole ensemble in evaluation mode: inputs `[B, ...]` -> logits `[E, B, C]`.
+    """A whole ensemble in evaluation mode: inputs `[B, ...]` -> outputs `[E, B, ...]`.
 
     The models are put on the device at the first call, because its inputs are needed to choose the
     way to run them.
@@ -136,15 +154,15 @@ class Predictor:
         self._lanes: list[Lane] | None = None
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self._runtime.target)
+    def __call__(self, inputs: Inputs) -> Tensor:
+        inputs = on_device(inputs, self._runtime.target)
         if self._lanes is None:
             self._lanes = self._make_lanes(inputs)
         clones_per_lane = size(self._ensemble) // len(self._lanes)
-        views = inputs.expand(clones_per_lane, *inputs.shape)
+        views = repeated(inputs, clones_per_lane)
         return torch.cat([lane.forward(views) for lane in self._lanes])
 
-    def _make_lanes(self, inputs: Tensor) -> list[Lane]:
+    def _make_lanes(self, inputs: Inputs) -> list[Lane]:
         clone_lanes, _ = lanes(
             self._model,
             self._ensemble,
@@ -160,24 +178,29 @@ class Predictor:
 def predict(
     model: nn.Module,
     ensemble: Ensemble,
-    inputs: Tensor,
+    inputs: Inputs,
     *,
     runtime: Runtime = Runtime(),
     batch_size: int | None = None,
 ) -> Tensor:
-    """Compute the logits `[E, N, C]` of every clone for inputs `[N, ...]`, on the CPU."""
+    """Compute the outputs `[E, N, ...]` of every clone for inputs `[N, ...]`, on the CPU.
+
+    Args:
+        inputs: a tensor or array `[N, ...]`, or a nested dict or tuple of such.
+    """
+    inputs = as_inputs(inputs, model)
     batch_size = batch_size or samples_at_once(runtime.target, inputs)
     with settings(runtime, 0):
         logits_of = Predictor(
-            model, ensemble, runtime, batch_size=batch_size, num_samples=len(inputs)
+            model, ensemble, runtime, batch_size=batch_size, num_samples=num_rows(inputs)
         )
-        logits = [logits_of(part).cpu() for part in torch.split(inputs, batch_size)]
+        logits = [logits_of(part).cpu() for part in split_rows(inputs, batch_size)]
         return torch.cat(logits, dim=1)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the fraction of correct predictions, `[...]` for logits `[..., N, C]`."""
-    return (logits.argmax(-1) == labels).float().mean(-1)
+def accuracy(outputs: Tensor, labels: Tensor, task: Task = classification) -> Tensor:
+    """Return the fraction of correct predictions, `[...]` for outputs `[..., N, *]`."""
+    return counting(task.correct(outputs, labels), labels, task).float().mean(-1)
 
 
 def epoch_views(augment: FiniteViews, num_images: int, view_seed: int, epoch: int) -> Tensor:
@@ -190,7 +213,7 @@ def make_steps(
     clone_lanes: list[Lane], recipe: Recipe, loss: Loss, num_clones: int, plan: Plan
 ) -> list[StepFunction]:
     """Make the steps that a plan chose: one for all lanes, or one for each lane."""
-    step = Step(clone_lanes, recipe, loss, num_clones)
+    step = Step(clone_lanes, recipe, loss, num_clones, recorded=plan.cuda_graphs)
     if plan.cuda_graphs:
         return [RecordedStep(step.parallel, torch.device(plan.device))]
     if plan.workers == 1:
@@ -219,15 +242,8 @@ def side_by_side(plan: Plan) -> Iterator[Callable[[Callable[[int], Tensor], rang
         torch.set_num_threads(before)
 
 
-def _batch_sizes(num_samples: int, batch_size: int) -> list[int]:
-    """Return the sizes of the batches of one epoch; a single left-over sample is skipped."""
-    sizes = [batch_size] * (num_samples // batch_size)
-    num_left = num_samples % batch_size
-    return [*sizes, num_left] if num_left > 1 or not sizes else sizes
-
-
 def _epoch_batches(
-    inputs: Tensor,
+    inputs: Inputs,
     labels: Tensor,
     recipe: Recipe,
     generator: torch.Generator,
@@ -237,21 +253,22 @@ def _epoch_batches(
     """Draw the batches of one clone in one epoch."""
     augment = recipe.augment
     views = None
-    order = torch.randperm(len(inputs), generator=generator)
+    num_samples, device = len(labels), labels.device
+    order = torch.randperm(num_samples, generator=generator)
     if isinstance(augment, FiniteViews):
         # Draw all views of an epoch at once: a GPU then waits for the CPU once, not in every step.
         views = (
-            augment.draw(len(inputs), generator)
+            augment.draw(num_samples, generator)
             if view_seed is None
-            else epoch_views(augment, len(inputs), view_seed, epoch)
-        ).to(inputs.device)
-    order = order[: sum(_batch_sizes(len(inputs), recipe.batch_size))].to(inputs.device)
-    piece_size = samples_at_once(inputs.device, inputs, recipe.batch_size)
+            else epoch_views(augment, num_samples, view_seed, epoch)
+        ).to(device)
+    order = order[: sum(recipe.batch_sizes(num_samples))].to(device)
+    piece_size = samples_at_once(device, inputs, recipe.batch_size)
     for piece in torch.split(order, piece_size):
-        pixels = inputs[piece]
+        drawn = rows_of(inputs, piece)
         if isinstance(augment, FiniteViews) and views is not None:
-            pixels = augment.view(pixels, views[piece])
-        pairs = zip(*(torch.split(part, recipe.batch_size) for part in (piece, pixels)))
+            drawn = augment.view(drawn, views[piece])
+        pairs = zip(*(split_rows(part, recipe.batch_size) for part in (piece, drawn)))
         for rows, x in pairs:
             y = labels[rows]
             if augment is not None and views is None:
@@ -264,7 +281,8 @@ def _epoch_batches(
 class _Meter:
     """Loss and accuracy of one epoch, summed on the device, and only if they are needed."""
 
-    def __init__(self, needed: bool) -> None:
+    def __init__(self, task: Task, *, needed: bool) -> None:
+        self._task = task
         self._needed = needed
         self._sums = list[Tensor]()
 
@@ -273,15 +291,18 @@ class _Meter:
             labels = torch.stack([batch.labels for batch in batches])
             # In float64 the sums do not depend on the order in which the clones are added.
             loss = outcome.losses.double().sum() * labels.shape[1]
-            num_correct = (outcome.logits.argmax(-1) == labels).sum()
-            count = torch.tensor(labels.numel(), device=loss.device)
-            self._sums.append(torch.stack([loss, num_correct, count]))
+            correct = counting(self._task.correct(outcome.logits, labels), labels, self._task)
+            num_correct = correct.sum().to(loss.dtype)
+            num_samples = labels.shape[0] * labels.shape[1]
+            # `full_like`: a GPU waits for the CPU whenever a tensor is made of Python's numbers.
+            counts = [torch.full_like(loss, n) for n in (num_samples, correct.numel())]
+            self._sums.append(torch.stack([loss, num_correct, *counts]))
 
     def sums(self) -> Tensor:
-        """Return the sums of the loss and of the correct predictions, and the number of samples."""
-        return torch.stack(self._sums).sum(0) if self._sums else torch.zeros(3, dtype=torch.float64)
+        """Return the sums of the loss and of the correct elements, and the numbers of both."""
+        return torch.stack(self._sums).sum(0) if self._sums else torch.zeros(4, dtype=torch.float64)
 
 
 def _mean_of_epoch(sums: list[Tensor]) -> Epoch:
-    loss, num_correct, count = torch.stack(sums).sum(0)
-    return Epoch(float(loss / count), float(num_correct / count))
+    loss, num_correct, num_samples, num_elements = torch.stack(sums).sum(0)
+    return Epoch(float(loss / num_samples), float(num_correct / num_elements))

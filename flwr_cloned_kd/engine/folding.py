@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .nested import Inputs, outputs_of
+
 MAX_RELATIVE_ERROR = 1e-3
 """Relative to the largest logit; rounding in float32 stays below 1e-5."""
 
 
 @torch.no_grad()
-def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
+def folded(module: nn.Module, inputs: Inputs) -> nn.Module:
     """Return a model that predicts the same with fewer passes over memory, or the model itself.
 
     One forward pass with hooks finds the normalisation that gets the output of each convolution,
@@ -32,7 +34,7 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
         fused: nn.Module = fuse_conv_bn_eval(*parts)  # type: ignore[type-var, arg-type]
         candidate.set_submodule(convolution, fused)
         candidate.set_submodule(normalisation, nn.Identity())
-    error = (candidate(inputs) - expected).abs().max()
+    error = (outputs_of(candidate, inputs) - expected).abs().max()
     is_equal = bool(error <= MAX_RELATIVE_ERROR * expected.abs().max())
     return channels_last(candidate) if is_equal else module
 
@@ -45,7 +47,7 @@ def channels_last(module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last)
 
 
-def _watch(module: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
+def _watch(module: nn.Module, inputs: Inputs) -> tuple[list[tuple[str, str]], Tensor]:
     """Run a model; return the names of its (convolution, normalisation) pairs and its logits."""
     convolved: list[tuple[Tensor, str]] = []
     pairs: list[tuple[str, str]] = []
@@ -66,7 +68,7 @@ def _watch(module: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str]], Te
         or (isinstance(part, nn.BatchNorm2d) and part.running_var is not None and part.affine)
     ]
     try:
-        logits = module(inputs)
+        logits = outputs_of(module, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Dataset = tuple[Tensor, Tensor]
-"""Images `[N, C, H, W]`, uint8 or any floating dtype, and labels `[N]`, int64.
+from .nested import Inputs
+
+Dataset = tuple[Inputs, Tensor]
+"""Inputs with one row per sample, and labels `[N, ...]`; `as_dataset` makes it of other data.
 
 uint8 images take a quarter of the memory of float32 images and are passed to the model as they are;
 the model standardises them with their `moments`.
@@ -53,7 +55,14 @@ class CropAndFlip:
         return torch.randint(self.num_views, (num_images,), generator=generator)
 
     def view(self, images: Tensor, views: Tensor) -> Tensor:
-        """Return view `views[i]` of image i, for images `[B, C, H, W]`, in the same shape."""
+        """Return view `views[i]` of image i, for images `[B, C, H, W]`, in the same shape.
+
+        Raises:
+            ValueError: for inputs that are not one tensor of images.
+        """
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            shape = [*images.shape] if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"augment: expected images [B, C, H, W] as one tensor, got {shape}")
         height, width = images.shape[-2:]
         side = 2 * self.pad + 1
         shift = views % side**2

@@ -1,17 +1,19 @@
 """The two ways to run an ensemble: each clone by itself, or all clones in one pass."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .ensemble import Ensemble, StateDict, member, size
+from .ensemble import Ensemble, StateDict, frozen_modules, member, size, trained_state
 from .folding import channels_last, folded
+from .nested import Inputs, each_tensor, num_rows, outputs_of, rows_of, tensors_of
 from .runtime import Plan, Runtime, is_small, plan
 
 
@@ -19,8 +21,8 @@ class Lane(NamedTuple):
     """Clones that share a forward pass: all clones, or a single one."""
 
     leaves: list[Tensor]
-    forward: Callable[[Tensor], Tensor]
-    """`[k, B, ...]` -> logits `[k, B, C]`, float32, for the k clones of this lane."""
+    forward: Callable[[Inputs], Tensor]
+    """`[k, B, ...]` -> outputs `[k, B, ...]`, float32, for the k clones of this lane."""
     read: Callable[[], Ensemble]
     """Return the present state of these clones, `[k, ...]`."""
 
@@ -28,7 +30,7 @@ class Lane(NamedTuple):
 def lanes(
     model: nn.Module,
     ensemble: Ensemble,
-    inputs: Tensor,
+    inputs: Inputs,
     runtime: Runtime,
     *,
     training: bool,
@@ -45,6 +47,7 @@ def lanes(
     Returns:
         The lanes and the plan that they follow.
     """
+    _check_names(model, ensemble)
     plan_for = partial(
         plan,
         model,
@@ -54,29 +57,45 @@ def lanes(
         training=training,
     )
     chosen = plan_for(runtime)
+    two = rows_of(inputs, slice(2))
     if chosen.batch_clones:
         lane = _lane_of_all(model, ensemble, chosen, training)
-        if runtime.batch_clones or _can_batch(model, lane, inputs[:2], size(ensemble)):
+        if runtime.batch_clones or _can_batch(model, lane, two, size(ensemble)):
             return [lane], chosen
         chosen = plan_for(replace(runtime, batch_clones=False))
-    if chosen.workers > 1 and _draws_random_numbers(model, inputs[:2]):
+    if chosen.workers > 1 and _draws_random_numbers(model, two):
         chosen = plan_for(replace(runtime, batch_clones=False, workers=1))
-    fold_inputs = None if training or is_small(model) else inputs[:2]
+    fold_inputs = None if training or is_small(model) else two
     return [
         _lane_of_one(model, member(ensemble, index), chosen, training, batch_size, fold_inputs)
         for index in range(size(ensemble))
     ], chosen
 
 
-def _can_batch(model: nn.Module, lane: Lane, inputs: Tensor, num_clones: int) -> bool:
-    """Return whether vmap can run a model, by trying; it cannot run an LSTM or dropout."""
+def _check_names(model: nn.Module, ensemble: Ensemble) -> None:
+    """Check that an ensemble has all that can be trained of a model, and nothing else than it."""
+    missing = sorted(trained_state(model).keys() - ensemble.keys())
+    unknown = sorted(ensemble.keys() - model.state_dict().keys())
+    if missing or unknown:
+        raise ValueError(
+            f"ensemble: expected the model's tensors, missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+
+
+def _can_batch(model: nn.Module, lane: Lane, inputs: Inputs, num_clones: int) -> bool:
+    """Return whether vmap can run a model, by trying; it cannot run an LSTM or dropout.
+
+    For some operations, such as attention on a CPU, vmap runs one clone after the other, which
+    takes longer than clones one by one. PyTorch warns about these, and they count as not possible.
+    """
     if len(list(model.parameters())) != len(list(model.named_parameters(remove_duplicate=False))):
         return False  # the copies of tied weights would not stay equal
     before = {name: tensor.clone() for name, tensor in lane.read().items()}
     try:
-        with torch.no_grad():
-            lane.forward(inputs.expand(num_clones, *inputs.shape))
-    except RuntimeError:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "There is a performance drop")
+            lane.forward(repeated(inputs, num_clones))
+    except (RuntimeError, UserWarning):
         return False
     with torch.no_grad():  # the trial changed the statistics of batch normalisation
         for name, tensor in lane.read().items():
@@ -84,15 +103,20 @@ def _can_batch(model: nn.Module, lane: Lane, inputs: Tensor, num_clones: int) ->
     return True
 
 
-def _draws_random_numbers(model: nn.Module, inputs: Tensor) -> bool:
+def repeated(inputs: Inputs, num_clones: int) -> Inputs:
+    """Give every clone the same inputs: `[B, ...]` becomes `[num_clones, B, ...]`, as views."""
+    return each_tensor(lambda tensor: tensor.expand(num_clones, *tensor.shape), inputs)
+
+
+def _draws_random_numbers(model: nn.Module, inputs: Inputs) -> bool:
     """Return whether a model draws from PyTorch's generator while it trains, as dropout does.
 
     Threads would share the generator, and the order of their draws would change from run to run.
     """
-    probe = copy.deepcopy(model).to(inputs.device).train()
+    probe = copy.deepcopy(model).to(tensors_of(inputs)[0].device).train()
     before = torch.default_generator.get_state()
     with torch.no_grad():
-        probe(inputs)
+        outputs_of(probe, inputs)
     draws = not torch.equal(before, torch.default_generator.get_state())
     torch.default_generator.set_state(before)
     return draws
@@ -104,11 +128,11 @@ def _lane_of_one(
     chosen: Plan,
     training: bool,
     batch_size: int,
-    fold_inputs: Tensor | None,
+    fold_inputs: Inputs | None,
 ) -> Lane:
     """Put one clone on the device; with `fold_inputs`, fold its normalisation where possible."""
     module = _template(model, chosen, training)
-    module.load_state_dict(params)
+    module.load_state_dict(params, strict=False)
     channels_last(module)
     if fold_inputs is not None:
         module = folded(module, fold_inputs)
@@ -116,17 +140,16 @@ def _lane_of_one(
     # the model again for it would take longer.
     compiled = torch.compile(module, dynamic=False) if chosen.compile else module
 
-    def run(inputs: Tensor) -> Tensor:
-        x = inputs[0]
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        logits_of = compiled if len(x) == batch_size else module
-        with _autocast(x.device, chosen):
-            logits: Tensor = logits_of(x)
-        return logits.float().unsqueeze(0)
+    def run(inputs: Inputs) -> Tensor:
+        x = each_tensor(_first, inputs)
+        runs = compiled if num_rows(x) == batch_size else module
+        with _autocast(chosen):
+            outputs = outputs_of(runs, x)
+        return outputs.float().unsqueeze(0)
 
     def read() -> Ensemble:
-        return {n: t.detach().contiguous().unsqueeze(0) for n, t in module.state_dict().items()}
+        state = module.state_dict()
+        return {name: state[name].detach().contiguous().unsqueeze(0) for name in params}
 
     return Lane([p for p in module.parameters() if p.requires_grad], run, read)
 
@@ -137,28 +160,41 @@ def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: b
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     leaves = [state[name].requires_grad_(training) for name in trained]
 
-    def logits_of_one(params: StateDict, x: Tensor) -> Tensor:
-        logits: Tensor = functional_call(module, params, (x,))
-        return logits
+    def outputs_of_one(params: StateDict, x: Inputs) -> Tensor:
+        def call(*args: Inputs, **options: Inputs) -> Any:
+            return functional_call(module, params, args, options)
 
-    logits_of_all = vmap(logits_of_one)
+        return outputs_of(call, x)
 
-    def run(inputs: Tensor) -> Tensor:
-        with _autocast(inputs.device, chosen):
-            logits: Tensor = logits_of_all(state, inputs)
-        return logits.float()
+    outputs_of_all = vmap(outputs_of_one)
+
+    def run(inputs: Inputs) -> Tensor:
+        with _autocast(chosen):
+            outputs: Tensor = outputs_of_all(state, inputs)
+        return outputs.float()
 
     return Lane(leaves, run, lambda: {name: tensor.detach() for name, tensor in state.items()})
 
 
-def _autocast(device: torch.device, chosen: Plan) -> torch.autocast:
+def _first(tensor: Tensor) -> Tensor:
+    """Return the inputs of the only clone, with the channels of images last in memory."""
+    x = tensor[0]
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _autocast(chosen: Plan) -> torch.autocast:
     """Make the context in which a model runs.
 
     Autocast would keep the weights that it has cast until the outermost context ends. Inside a
     caller's autocast all steps would then use the weights of the first one.
     """
-    return torch.autocast(device.type, torch.bfloat16, chosen.bf16, cache_enabled=False)
+    device_type = torch.device(chosen.device).type
+    return torch.autocast(device_type, torch.bfloat16, chosen.bf16, cache_enabled=False)
 
 
 def _template(model: nn.Module, chosen: Plan, training: bool) -> nn.Module:
-    return copy.deepcopy(model).to(chosen.device).train(training)
+    """Copy a model to the device; its frozen parts never train, so that their buffers stay."""
+    module = copy.deepcopy(model).to(chosen.device).train(training)
+    for frozen in frozen_modules(module):
+        frozen.eval()
+    return module

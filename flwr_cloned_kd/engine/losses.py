@@ -1,33 +1,36 @@
 """Losses of the three phases (Eq. 1 and 2): functions of logits and a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .nested import Inputs
+from .tasks import Task, classification
+
 
 class Batch(NamedTuple):
     """The samples of one optimisation step of one clone."""
 
-    inputs: Tensor
+    inputs: Inputs
     """`[B, ...]`, augmented."""
     labels: Tensor
-    """`[B]`, int64."""
+    """`[B, *]`; int64 for classes."""
     rows: Tensor
     """`[B]`, the row numbers of the samples in the dataset."""
     epoch: int = 0
     """Counted from 0."""
     targets: Tensor | None = None
-    """`[B, C]`, the target of all teachers; None without teachers."""
+    """`[B, ..., C]`, the target of all teachers; None without teachers."""
 
 
 Loss = Callable[[Tensor, Batch], Tensor]
-"""(logits `[B, C]`, batch) -> scalar, a mean over the batch."""
+"""(outputs `[B, ...]`, batch) -> scalar, a mean over the batch."""
 
 Targets = Callable[[Batch], Tensor]
-"""Batch -> one target `[B, C]` for all teachers, computed without gradients."""
+"""Batch -> one target `[B, ..., C]` for all teachers, computed without gradients."""
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -35,22 +38,32 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.labels)
 
 
-def soft_target(logits: Tensor, weights: Sequence[float], temperature: float) -> Tensor:
+def supervised(task: Task) -> Loss:
+    """Make the loss of a task on the labels: Phases 0 and 1."""
+    return lambda outputs, batch: task.loss(outputs, batch.labels)
+
+
+def soft_target(
+    logits: Tensor, weights: Tensor, temperature: float, task: Task = classification
+) -> Tensor:
     """Fold the predictions of K teachers into one target: sum_k w_k softmax(f_k / t).
 
     The gradient of `KL(p || q)` with respect to the student's q is linear in the teacher's p.
-    One `[B, C]` target therefore replaces K separate divergences exactly.
+    One `[B, C]` target therefore replaces K separate divergences exactly. See `tasks` for other
+    tasks than classification.
 
     Args:
-        logits: logits of the teachers, `[K, B, C]`.
-        weights: one weight per teacher. Eq. (2) gives every clone of an ensemble 1/E, so that each
-            row of the target sums to the number of ensembles.
+        logits: outputs of the teachers, `[K, B, ...]`.
+        weights: one weight per teacher, `[K]`, with the dtype and on the device of the logits.
+            Eq. (2) gives every clone of an ensemble 1/E, so that each row of the target sums to the
+            number of ensembles.
     """
-    scale = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-    return torch.einsum("k,kbc->bc", scale, (logits / temperature).softmax(-1))
+    return torch.einsum("k,k...->...", weights, task.target(logits, temperature))
 
 
-def distillation(temperature: float, student_temperature: float | None = None) -> Loss:
+def distillation(
+    temperature: float, student_temperature: float | None = None, task: Task = classification
+) -> Loss:
     """L_distill of Eq. (2): cross entropy + t^2 sum_k w_k KL(teacher_k || student).
 
     `batch.targets` holds the target of all teachers. The entropy of the teachers, which does not
@@ -61,13 +74,15 @@ def distillation(temperature: float, student_temperature: float | None = None) -
         temperature: t of Eq. (1), above 0; the logits of the teachers were divided by it.
         student_temperature: divisor of the student's logits; None is the temperature of the
             teachers (Hinton et al. 2015), 1.0 is Eq. (1) as printed.
+        task: what the outputs mean; its loss stands for the cross entropy, and its divergence for
+            the KL divergence.
     """
     divisor = temperature if student_temperature is None else student_temperature
 
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
+    def loss(outputs: Tensor, batch: Batch) -> Tensor:
         if batch.targets is None:
             raise ValueError("distillation: expected batches with targets, got none")
-        soft = -(batch.targets * (logits / divisor).log_softmax(-1)).sum(-1).mean()
-        return F.cross_entropy(logits, batch.labels) + temperature**2 * soft
+        soft = task.divergence(outputs, batch.targets, batch.labels, divisor)
+        return task.loss(outputs, batch.labels) + temperature**2 * soft
 
     return loss

@@ -1,8 +1,10 @@
-"""Progress lines of a long phase."""
+"""Progress lines of a long phase, and lines that are logged once."""
 
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 
 LOG_SECONDS = 5.0
 """Time between two lines."""
@@ -49,3 +51,9 @@ class Progress:
             f"{self._phase}: epoch {epoch + 1} of {self._num_epochs}, {rate:,.0f} samples/s, "
             f"{timedelta(seconds=round(seconds_left))} left"
         )
+
+
+@cache
+def log_once(line: str) -> None:
+    """Log a warning once in a process."""
+    logging.getLogger("flwr_cloned_kd").warning(line)

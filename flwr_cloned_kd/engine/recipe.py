@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from operator import index
 from typing import NamedTuple
 
@@ -83,9 +84,17 @@ class Recipe:
 
     Args:
         epochs: passes over the data of the phase, at least 1.
+        steps: number of optimisation steps instead of epochs, for data too large for a whole
+            pass; at least 1. None trains `epochs`.
         batch_size: the last batch of an epoch may be smaller. A single left-over sample is
             skipped, because batch normalisation cannot train on one sample.
-        schedule: share of the steps already taken, in [0, 1) -> factor of `lr`.
+        lr: learning rate, at least 0.
+        optimizer: (parameters, lr=...) -> optimizer, such as `torch.optim.AdamW` or
+            `partial(torch.optim.AdamW, weight_decay=0.01)`. It gets the `lr` of the recipe. None is
+            SGD with `momentum` and `weight_decay`, which no other optimizer reads.
+        schedule: share of the steps already taken, in [0, 1) -> factor of the learning rate.
+        max_grad_norm: limit for the norm of the gradient of one clone over all its parameters,
+            above 0; None: no limit.
         augment: (inputs `[B, ...]`, generator) -> inputs; None: no augmentation.
         label_noise: (labels `[B]`, generator) -> labels, for noisy edges; None: no noise.
         proximal_mu: mu of FedProx (Li et al. 2020), the weight of the term that pulls the weights
@@ -93,7 +102,7 @@ class Recipe:
         stop: epochs so far -> True to stop; None trains all `epochs`.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: for a number out of range, or for both epochs and steps.
     """
 
     epochs: int = 164
@@ -106,6 +115,9 @@ class Recipe:
     label_noise: Callable[[Tensor, torch.Generator], Tensor] | None = None
     proximal_mu: float = 0.0
     stop: Callable[[Sequence[Epoch]], bool] | None = None
+    steps: int | None = None
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -114,3 +126,27 @@ class Recipe:
         for name in ("lr", "momentum", "weight_decay", "proximal_mu"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if self.steps is not None and self.epochs != Recipe.epochs:
+            raise ValueError(
+                f"epochs: expected either epochs or steps, got {self.epochs} and {self.steps}"
+            )
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
+            raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
+
+    def batch_sizes(self, num_samples: int) -> list[int]:
+        """Return the sizes of the batches of one epoch; a single left-over sample is skipped."""
+        sizes = [self.batch_size] * (num_samples // self.batch_size)
+        num_left = num_samples % self.batch_size
+        return [*sizes, num_left] if num_left > 1 or not sizes else sizes
+
+    def num_steps(self, num_samples: int) -> int:
+        """Return how many steps one clone trains on a number of samples."""
+        return self.steps or self.epochs * len(self.batch_sizes(num_samples))
+
+    def num_epochs(self, num_samples: int) -> int:
+        """Return how many epochs one clone begins; with `steps` the last one may be cut short."""
+        if self.steps is None:
+            return self.epochs
+        return ceil(self.steps / len(self.batch_sizes(num_samples)))

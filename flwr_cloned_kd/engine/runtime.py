@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.backends import cudnn
 from torch.utils.flop_counter import FlopCounterMode
+
+from .nested import Inputs, on_device, outputs_of, rows_of, tensors_of
 
 # The rules below come from docs/performance.md, measured on 2 cores with AVX-512 and AMX.
 MIN_LARGE_PARAMETERS = 50_000
@@ -42,7 +44,8 @@ class Runtime:
             compilation takes one to two minutes; later processes load it from disk. None: only on
             a CPU, and only for phases that are long enough for the compilation to save time.
         batch_clones: train all clones in one pass (True) or one by one (False). None: in one pass
-            if the model is small, below 50,000 parameters.
+            if the model is small, below 50,000 parameters. On a GPU one pass is always in float32:
+            with `bf16=True` the clones train one by one.
         workers: number of clones that train side by side on a CPU, one thread of Python each. The
             threads of PyTorch are divided among them. None: as many as there are threads, unless
             the clones train in one pass or compiled. A model that draws random numbers while it
@@ -90,7 +93,7 @@ class Runtime:
 
 
 def samples_at_once(
-    device: torch.device, inputs: Tensor, minimum: int = CPU_SAMPLES_AT_ONCE
+    device: torch.device, inputs: Inputs, minimum: int = CPU_SAMPLES_AT_ONCE
 ) -> int:
     """Return how many samples to predict or to augment together on a device.
 
@@ -103,7 +106,8 @@ def samples_at_once(
     """
     if device.type != "cuda":
         return minimum
-    sample_bytes = 4 * max(1, inputs[:1].numel())
+    one = tensors_of(rows_of(inputs, slice(1)))
+    sample_bytes = 4 * max(1, sum(tensor.numel() for tensor in one))
     maximum = min(MAX_GPU_SAMPLES_AT_ONCE, MAX_GPU_BYTES_AT_ONCE // sample_bytes)
     return max(1, maximum // minimum) * minimum
 
@@ -122,7 +126,7 @@ class Plan(NamedTuple):
 
 def plan(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     runtime: Runtime,
     *,
     num_clones: int = 1,
@@ -140,6 +144,12 @@ def plan(
     small = is_small(model)
     batched = num_clones > 1 and (small if runtime.batch_clones is None else runtime.batch_clones)
     bf16 = not small and _multiplies_bf16(device) if runtime.bf16 is None else runtime.bf16
+    if device.type == "cuda" and batched and bf16:
+        # On a GPU `vmap` fails in batch normalisation if the inputs are bfloat16.
+        if runtime.bf16:
+            batched = False
+        else:
+            bf16 = False
     workers = 1
     if training and device.type == "cpu" and not batched and not runtime.compile:
         workers = min(num_clones, runtime.workers or available_threads())
@@ -148,7 +158,9 @@ def plan(
     if may_compile and device.type == "cpu":
         passes = num_samples * (3 if training else 1)
         possible = passes > 0 and shutil.which("g++") is not None
-        compiled = possible and passes * count_flop(model, inputs[:1]) > MIN_COMPILE_FLOP
+        compiled = (
+            possible and passes * count_flop(model, rows_of(inputs, slice(1))) > MIN_COMPILE_FLOP
+        )
     graphs = runtime.cuda_graphs and device.type == "cuda" and training
     return Plan(str(device), bf16, compiled, batched, graphs, workers)
 
@@ -212,10 +224,10 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def count_flop(model: nn.Module, sample: Tensor) -> int:
+def count_flop(model: nn.Module, sample: Inputs) -> int:
     """Count the floating-point operations of one forward pass of one sample."""
     device = next(model.parameters()).device
     probe = copy.deepcopy(model).eval()  # a copy: the buffers and modes of the model stay untouched
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        probe(sample.to(device))
+        outputs_of(probe, on_device(sample, device))
     return int(counter.get_total_flops())

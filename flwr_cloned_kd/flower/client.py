@@ -23,12 +23,14 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from torch import nn
 
-from ..engine.ensemble import StateDict, as_ensemble, clone, member
+from ..engine.ensemble import StateDict, as_ensemble, clone, member, trained_state
 from ..engine.fit import accuracy, predict
 from ..engine.inputs import Dataset
-from ..engine.losses import Batch, cross_entropy
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
+from ..engine.samples import as_dataset
+from ..engine.tasks import Task, classification
+from ..io.frozen import FROZEN_KEY, check_frozen
 from ..io.messages import only
 from ..io.wire import KEY, check_wire_dtype, decode_request, encode_reply
 from ..method.core import train_edge
@@ -48,12 +50,16 @@ class EdgeClient(NumPyClient):
 
     Args:
         model: the architecture of the core.
-        dataset: the edge's private data.
+        dataset: the edge's private data, in any form that `as_dataset` converts.
         recipe: how Phase 1 trains.
+        task: what the outputs of the model mean.
         held_out: data that `evaluate` measures on. None: `dataset`.
         seed: determines the random draws of a request without "seed".
         runtime: how to compute; changes only the speed.
         max_clones: the largest number of clones that this edge trains for one request.
+
+    Raises:
+        ValueError: if the data does not fit the model or the task.
     """
 
     def __init__(
@@ -62,22 +68,26 @@ class EdgeClient(NumPyClient):
         dataset: Dataset,
         recipe: Recipe,
         *,
+        task: Task = classification,
         held_out: Dataset | None = None,
         seed: int = 0,
         runtime: Runtime = Runtime(),
         max_clones: int = MAX_CLONES,
     ) -> None:
         self.model = model
-        self.dataset = dataset
+        self.dataset = as_dataset(dataset, model, task)
+        self.task = task
         self.recipe = recipe
-        self.held_out = dataset if held_out is None else held_out
+        self.held_out = (
+            self.dataset if held_out is None else as_dataset(held_out, model, task, name="held_out")
+        )
         self.seed = seed
         self.runtime = runtime
         self.max_clones = max_clones
 
     def get_parameters(self, config: dict[str, Scalar]) -> NDArrays:
-        """Return the model's own weights, in the order of its state dict."""
-        return [tensor.numpy() for tensor in self.model.state_dict().values()]
+        """Return the weights of the model that travel, in the order of its state dict."""
+        return [tensor.numpy() for tensor in trained_state(self.model).values()]
 
     def fit(
         self, parameters: NDArrays, config: dict[str, Scalar]
@@ -90,6 +100,7 @@ class EdgeClient(NumPyClient):
             ValueError: if the arrays do not fit the model, or if a config value is out of range.
         """
         num_clones = check_num_clones(config.get(NUM_CLONES, 1), self.max_clones)
+        check_frozen(self.model, config.get(FROZEN_KEY, ""))
         mu = float(config.get("proximal-mu", self.recipe.proximal_mu))
         own_seed = fold_in(self.seed, int(config.get("server-round", 0)))
         started = time.perf_counter()
@@ -98,6 +109,7 @@ class EdgeClient(NumPyClient):
             self._params(parameters),
             self.dataset,
             replace(self.recipe, proximal_mu=mu),
+            task=self.task,
             num_clones=num_clones,
             seed=int(config.get("seed", own_seed)),
             runtime=self.runtime,
@@ -110,15 +122,15 @@ class EdgeClient(NumPyClient):
     def evaluate(
         self, parameters: NDArrays, config: dict[str, Scalar]
     ) -> tuple[float, int, dict[str, Scalar]]:
-        """Return (cross entropy, number of samples, accuracy as a fraction in [0, 1])."""
+        """Return (loss of the task, number of samples, accuracy as a fraction in [0, 1])."""
         inputs, labels = self.held_out
         ensemble = clone(self._params(parameters), 1)
-        logits = predict(self.model, ensemble, inputs, runtime=self.runtime)[0]
-        loss = float(cross_entropy(logits, Batch(inputs, labels, labels)))
-        return loss, len(labels), {"accuracy": float(accuracy(logits, labels))}
+        outputs = predict(self.model, ensemble, inputs, runtime=self.runtime)[0]
+        loss = float(self.task.loss(outputs, labels))
+        return loss, len(labels), {"accuracy": float(accuracy(outputs, labels, self.task))}
 
     def _params(self, parameters: NDArrays) -> StateDict:
-        like = self.model.state_dict()
+        like = trained_state(self.model)
         if len(parameters) != len(like):
             raise ValueError(f"parameters: expected {len(like)} arrays, got {len(parameters)}")
         # FedAvg averages integer counters into floats; the model needs integers.

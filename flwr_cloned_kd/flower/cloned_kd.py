@@ -1,23 +1,26 @@
 """Cloned knowledge distillation as a strategy for Flower's Message API."""
 
-from collections.abc import Callable
-from logging import INFO
+from collections.abc import Callable, Sequence
+from logging import INFO, WARNING
 from typing import Any, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.common import log
 from torch import Tensor
 
-from ..asynchronous.session import Dispatch
+from ..asynchronous.session import Dispatch, Received
 from ..asynchronous.staleness import StalenessWeight
 from ..asynchronous.strategy import AsyncStrategy, LoopOptions
-from ..engine.ensemble import StateDict, member, size
+from ..engine.ensemble import StateDict, frozen_state, member, size, trained_state
+from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
-from ..method.core import Core, CoreState, edge_seed
+from ..method.core import Core, CoreState, EdgeResult, edge_seed
 from ..method.variants import Send, cloned
 
 NUMBERS = (bool, int, float)
+ADDED = ("steps", "optimizer", "max_grad_norm")
+"""Options that checkpoints of an older version do not have; None is left out of the settings."""
 
 
 class ClonedKD(AsyncStrategy):
@@ -34,6 +37,10 @@ class ClonedKD(AsyncStrategy):
         wire_dtype: "float32", "float16", "bfloat16" or "int8": the form in which an edge should
             return its clones, see docs/protocol.md. All but "float32" halve the bytes of a request
             too, and round the numbers. An edge may always reply in float32.
+        max_together: how many waiting answers are distilled in one Phase 2, at most. Above 1, the
+            core keeps up with answers that arrive faster than it learns (docs/scaling.md). If such
+            a distillation is refused, its answers are distilled one by one. Flower's own loop and
+            `max_in_flight=1` have one answer at a time.
         loop: options of `AsyncStrategy`: `max_in_flight` (1 is Algorithm 1), `max_staleness`,
             `revisit`, `max_failures`, `on_round`, `checkpoint`. A resumed run must have the same
             core seed, core data, number of clones, `send`, `wire_dtype` and distillation.
@@ -50,24 +57,34 @@ class ClonedKD(AsyncStrategy):
         staleness_weight: StalenessWeight | None = None,
         send: Send = cloned,
         wire_dtype: str = "float32",
+        max_together: int = 1,
         **loop: Unpack[LoopOptions],
     ) -> None:
         super().__init__(**loop)
-        if num_clones < 1:
-            raise ValueError(f"num_clones: expected at least 1, got {num_clones}")
+        for name, value in (("num_clones", num_clones), ("max_together", max_together)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         check_wire_dtype(wire_dtype)
         self.core = core
         self.num_clones = num_clones
         self.staleness_weight = staleness_weight
         self.send = send
         self.wire_dtype = wire_dtype
+        self.max_together = max_together
         self.state: CoreState | None = None
+        self._frozen_digest = frozen_digest(core.model)
         self._sent: StateDict = {}
         self._encoded: StateDict = {}
 
     def begin(self, arrays: ArrayRecord) -> None:
-        """Start from a core that has learned from no edge yet."""
-        like = self.core.model.state_dict()
+        """Start from a core that has learned from no edge yet.
+
+        Args:
+            arrays: the model, or the part of it that `trained_state` returns.
+        """
+        frozen = frozen_state(self.core.model)
+        arrays = ArrayRecord({k: array for k, array in arrays.items() if k not in frozen})
+        like = trained_state(self.core.model)
         self._publish(self.core.state(member(ensemble_of(arrays, like), 0)))
 
     @property
@@ -92,23 +109,61 @@ class ClonedKD(AsyncStrategy):
         config["seed"] = edge_seed(self.core.seed, server_round)
         if self.wire_dtype != "float32":
             config[KEY] = self.wire_dtype
+        if self._frozen_digest:
+            config[FROZEN_KEY] = self._frozen_digest
         content = RecordDict({"arrays": ArrayRecord(self._encoded), "config": config})
         return content, self._sent
 
     def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, float]:
         """Distil the ensemble that an edge returned into the core (Phase 2)."""
-        reported = metrics_of(content)
-        record = only(content.array_records, "ArrayRecord")
-        edge = ensemble_of(
-            record, self.current.params, sent=dispatch.sent, wire_dtype=self.wire_dtype
-        )
-        if size(edge) > self.num_clones:
-            raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
-        weight = 1.0 if self.staleness_weight is None else self.staleness_weight(staleness)
-        state, metrics = self.core.distill(self.current, edge, sent=dispatch.sent, weight=weight)
+        reported, result = self._read(Received(dispatch, content, staleness))
+        state, metrics = self.core.distill_all(self.current, [result])
         if state is not self.current:
             self._publish(state)
-        return {**reported, **metrics, "num-clones": size(edge)}
+        return reported | metrics[0]
+
+    def absorb_all(self, answers: Sequence[Received]) -> list[dict[str, float] | ValueError]:
+        """Distil all ensembles in one Phase 2; one by one if they are refused together."""
+        readings: list[tuple[dict[str, float], EdgeResult] | ValueError] = []
+        for answer in answers:
+            try:
+                readings.append(self._read(answer))
+            except ValueError as error:
+                readings.append(error)
+        good = [reading for reading in readings if not isinstance(reading, ValueError)]
+        if len(good) < 2:
+            return super().absorb_all(answers)
+        try:
+            state, metrics = self.core.distill_all(self.current, [result for _, result in good])
+        except ValueError as error:
+            return self._one_by_one(answers, str(error))
+        if state is self.current:
+            return self._one_by_one(answers, "the guard refused")
+        self._publish(state)
+        rows = iter(metrics)
+        return [
+            reading
+            if isinstance(reading, ValueError)
+            else {**reading[0], **next(rows), "together": float(len(good))}
+            for reading in readings
+        ]
+
+    def _one_by_one(
+        self, answers: Sequence[Received], cause: str
+    ) -> list[dict[str, float] | ValueError]:
+        log(WARNING, "Distilling %d answers one by one, because together: %s", len(answers), cause)
+        return super().absorb_all(answers)
+
+    def _read(self, answer: Received) -> tuple[dict[str, float], EdgeResult]:
+        """Check a reply; return what the edge reported, and its ensemble."""
+        reported = metrics_of(answer.content)
+        record = only(answer.content.array_records, "ArrayRecord")
+        sent = answer.dispatch.sent
+        edge = ensemble_of(record, self.current.params, sent=sent, wire_dtype=self.wire_dtype)
+        if size(edge) > self.num_clones:
+            raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
+        weight = 1.0 if self.staleness_weight is None else self.staleness_weight(answer.staleness)
+        return {**reported, "num-clones": size(edge)}, EdgeResult(edge, sent, weight)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the core and its temporal memory."""
@@ -116,7 +171,7 @@ class ClonedKD(AsyncStrategy):
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned; raise ValueError if it does not fit."""
-        like = self.core.model.state_dict()
+        like = trained_state(self.core.model)
         self._publish(CoreState.from_state_dict(tensors, state, like))
 
     def settings(self) -> dict[str, Any]:
@@ -126,12 +181,12 @@ class ClonedKD(AsyncStrategy):
         numbers = {
             name: value
             for name, value in options.items()
-            if value is None or type(value) in NUMBERS
+            if (value is None and name not in ADDED) or type(value) in NUMBERS
         }
         rules = {
             name: _name(value)
             for name, value in options.items()
-            if name in ("selection", "student_start") and callable(value)
+            if name in ("selection", "student_start", "optimizer") and callable(value)
         }
         return {
             "num_clones": self.num_clones,
@@ -151,6 +206,7 @@ class ClonedKD(AsyncStrategy):
         start, selection = distillation.student_start, distillation.selection
         log(INFO, "\t├── Clones per edge: %d", self.num_clones)
         log(INFO, "\t├── Clones travel as: %s", self.wire_dtype)
+        log(INFO, "\t├── Answers distilled together: at most %d", self.max_together)
         log(INFO, "\t├── Temporal memory: %d", distillation.memory_size)
         log(INFO, "\t├── Temperature: %g", distillation.temperature)
         log(INFO, "\t├── Student's start, as a share of the clones' movement: %s", _name(start))

@@ -24,8 +24,8 @@ from flwr.server.strategy import Strategy
 
 from ..asynchronous.rounds import log_round
 from ..asynchronous.session import Dispatch, Session
-from ..engine.ensemble import StateDict, member
-from ..engine.losses import Batch, cross_entropy
+from ..engine.ensemble import StateDict, frozen_state, member, trained_state
+from ..engine.fit import accuracy
 from ..io.messages import MAX_CHARACTERS, MAX_NAME_CHARACTERS, ensemble_of, num_bytes
 from ..io.wire import scale_names
 from ..method.core import Core, CoreState
@@ -89,8 +89,10 @@ class LegacyClonedKD(Strategy):
         self._method = ClonedKD(
             core, num_clones=num_clones, send=send, wire_dtype=wire_dtype, revisit=revisit
         )
-        self._like = core.model.state_dict()
-        self._first = member(ensemble_of(ArrayRecord(params), self._like), 0)
+        self._like = trained_state(core.model)
+        frozen = frozen_state(core.model)
+        first = {name: tensor for name, tensor in params.items() if name not in frozen}
+        self._first = member(ensemble_of(ArrayRecord(first), self._like), 0)
         self._session = Session(revisit)
         self._patient = True
 
@@ -191,10 +193,10 @@ class LegacyClonedKD(Strategy):
         if self.core.held_out is None:
             return None
         arrays = record_of(parameters, list(self._like), [])
-        logits = self.core.predictions(member(ensemble_of(arrays, self._like), 0))
-        inputs, labels = self.core.held_out
-        loss = float(cross_entropy(logits, Batch(inputs, labels, labels)))
-        return loss, {"core-accuracy": float((logits.argmax(-1) == labels).float().mean())}
+        outputs = self.core.predictions(member(ensemble_of(arrays, self._like), 0))
+        _, labels = self.core.held_out
+        loss = float(self.core.task.loss(outputs, labels))
+        return loss, {"core-accuracy": float(accuracy(outputs, labels, self.core.task))}
 
     @property
     def _current(self) -> CoreState:

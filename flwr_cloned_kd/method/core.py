@@ -1,9 +1,11 @@
 """Algorithm 1 without a network: the core, its state, and Phases 0 to 2."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from functools import partial
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from ..engine.ensemble import (
@@ -15,18 +17,21 @@ from ..engine.ensemble import (
     mean,
     member,
     size,
+    trained_state,
 )
 from ..engine.fit import accuracy, fit, predict
 from ..engine.inputs import Dataset
 from ..engine.losses import distillation as distillation_loss
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
+from ..engine.samples import as_dataset
+from ..engine.tasks import Task, classification, counting
 from .consensus import Venn
 from .distillation import Distillation
 from .guards import Refuses
-from .knowledge import Knowledge
+from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
-from .targets import TargetBank, TargetCache, computed_ahead, weighted_sum
+from .targets import TargetBank, TargetCache, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +117,17 @@ class CoreState:
         )
 
 
+class EdgeResult(NamedTuple):
+    """What one edge returned, for `Core.distill_all`."""
+
+    edge: Ensemble
+    """`[E, ...]`, as `as_ensemble` returns it."""
+    sent: StateDict | None = None
+    """The model that the edge was sent; None is the present core."""
+    weight: float = 1
+    """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Core:
     """The service: a model, a small labelled dataset, and the options of its training.
@@ -132,7 +148,9 @@ class Core:
 
     Args:
         model: the architecture; its weights are the start of Phase 0.
-        dataset: the core data, inputs `[N, ...]` and labels `[N]`.
+        dataset: the core data, inputs `[N, ...]` and labels `[N, ...]`, or data in any form that
+            `as_dataset` converts.
+        task: what the outputs of the model mean.
         recipe: Phase 0.
         distillation: Phase 2; None is the preset `practical` of `recipe`.
         guard: (history, training accuracy) -> True to refuse the round (Sec. 5.3); None accepts
@@ -153,19 +171,30 @@ class Core:
     held_out: Dataset | None = None
     seed: int = 0
     runtime: Runtime = field(default_factory=Runtime)
+    task: Task = classification
     target_cache: TargetCache = field(default_factory=TargetCache, repr=False)
 
     def __post_init__(self) -> None:
         if self.distillation is None:
             object.__setattr__(self, "distillation", practical(self.recipe))
+        if self.distillation.selection is label_probability and self.task != classification:
+            raise ValueError(
+                f"selection: expected correct, None or a function of your own for {self.task}, "
+                "got label_probability"
+            )
+        for name in ("dataset", "held_out"):
+            data = getattr(self, name)
+            if data is not None:
+                object.__setattr__(self, name, as_dataset(data, self.model, self.task, name=name))
 
     def pretrain(self, start: StateDict | None = None) -> StateDict:
         """Phase 0: train on the core data, from `start` or from the weights of the model."""
         trained = fit(
             self.model,
-            clone(self.model.state_dict() if start is None else start, 1),
+            clone(trained_state(self.model) if start is None else start, 1),
             self.dataset,
             self.recipe,
+            task=self.task,
             seed=fold_in(self.seed, "phase-0"),
             runtime=self.runtime,
             phase="Phase 0",
@@ -197,33 +226,71 @@ class Core:
             ValueError: if a prediction of the edge or a weight of the new core is not finite, or if
                 `weight` is negative or not finite.
         """
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight: expected at least 0, got {weight}")
-        memory_size = self.distillation.memory_size
-        weights_before = state.memory_weights or (1.0,) * len(state.memory)
-        memory = (*state.memory, edge)[-memory_size:]
-        weights = (*weights_before, weight)[-memory_size:]
-        knowledge = self._knowledge(state.params, edge, sent)
-        edge_logits = None if self.held_out is None else self._edge_logits(edge, self.held_out[0])
-        share = self._share(knowledge)
-        student = student_start(self.model, state.params, edge, sent, share)
-        teachers, scaled_weights = self._teachers(state.params, memory, weights)
+        state, metrics = self.distill_all(state, [EdgeResult(edge, sent, weight)])
+        return state, metrics[0]
+
+    def distill_all(
+        self, state: CoreState, results: Sequence[EdgeResult]
+    ) -> tuple[CoreState, list[dict[str, float]]]:
+        """Phase 2 for several edges at once, as long as one for a single edge but for the targets.
+
+        Every ensemble is a teacher, besides the M - 1 latest ones of the memory. The student starts
+        from the mean of the movements that the edges have made, each counted from the model that
+        the edge was sent. The memory then holds the last M ensembles, in the order of `results`.
+        For one edge this is `distill`, bit for bit.
+
+        Args:
+            results: at least one; the last is the newest.
+
+        Returns:
+            The new state, or `state` itself if the guard refused the round; and for each edge the
+            metrics of `distill`.
+
+        Raises:
+            ValueError: as `distill`, or without a result.
+        """
+        if not results:
+            raise ValueError("results: expected at least one, got none")
+        for result in results:
+            if not 0 <= result.weight < float("inf"):
+                raise ValueError(f"weight: expected at least 0, got {result.weight}")
+        memory, weights = self._remembered(state, results)
+        core_logits = [self._edge_logits(result.edge, self.dataset[0]) for result in results]
+        held_out_logits = (
+            []
+            if self.held_out is None
+            else [self._edge_logits(result.edge, self.held_out[0]) for result in results]
+        )
+        share = self._share(self._knowledge(state.params, results, torch.cat(core_logits)))
+        student = student_start(self.model, state.params, results, share)
+        teachers, scaled_weights = self._teachers(state.params, memory, weights, len(results))
         params = self._train_student(student, teachers, scaled_weights, state.version)
         check_finite(params, "core after distillation: ")
         train_accuracy = self.train_accuracy(params)
         refused = self.guard is not None and self.guard(state.train_accuracy, train_accuracy)
-        metrics = {
-            "accepted": float(not refused),
-            "train-accuracy": train_accuracy,
-            "known": knowledge.ensemble,
-            "student-start": share,
-        }
-        if edge_logits is not None and self.held_out is not None:
-            metrics |= _compare(self.predictions(params), edge_logits, self.held_out[1])
+        metrics = [
+            {
+                "accepted": float(not refused),
+                "train-accuracy": train_accuracy,
+                "known": self._known(logits),
+                "student-start": share,
+            }
+            for logits in core_logits
+        ]
+        if self.held_out is not None:
+            predictions = self.predictions(params)
+            for row, logits in zip(metrics, held_out_logits):
+                row |= _compare(predictions, logits, self.held_out[1], self.task)
         if refused:
             return state, metrics
-        history = (*state.train_accuracy, train_accuracy)
-        return CoreState(params, memory, state.version + 1, history, weights), metrics
+        memory_size = self.distillation.memory_size
+        return CoreState(
+            params,
+            memory[-memory_size:],
+            state.version + len(results),
+            (*state.train_accuracy, train_accuracy),
+            weights[-memory_size:],
+        ), metrics
 
     def state(self, params: StateDict) -> CoreState:
         """Make the state of a core after Phase 0, with its training accuracy."""
@@ -233,16 +300,16 @@ class Core:
         """Measure a core on its own data; a fraction in [0, 1]."""
         inputs, labels = self.dataset
         logits = predict(self.model, clone(params, 1), inputs, runtime=self.runtime)
-        return float(accuracy(logits[0], labels))
+        return float(accuracy(logits[0], labels, self.task))
 
     def held_out_accuracy(self, params: StateDict) -> float | None:
         """Measure a core on the held-out data; a fraction in [0, 1], None without such data."""
         if self.held_out is None:
             return None
-        return float(accuracy(self.predictions(params), self.held_out[1]))
+        return float(accuracy(self.predictions(params), self.held_out[1], self.task))
 
     def predictions(self, params: StateDict) -> Tensor:
-        """Compute a core's logits `[N, C]` for the held-out data.
+        """Compute a core's outputs `[N, ...]` for the held-out data.
 
         Raises:
             ValueError: without held-out data.
@@ -256,15 +323,29 @@ class Core:
         check_finite({"logits": logits}, "edge predictions: ")
         return logits
 
-    def _knowledge(self, core: StateDict, edge: Ensemble, sent: StateDict | None) -> Knowledge:
-        inputs, labels = self.dataset
-        logits = self._edge_logits(edge, inputs)
-        target = (logits / self.distillation.temperature).softmax(-1).mean(0)
+    def _remembered(
+        self, state: CoreState, results: Sequence[EdgeResult]
+    ) -> tuple[tuple[Ensemble, ...], tuple[float, ...]]:
+        """Return the ensembles that are teachers, oldest first, and the weights of their terms."""
+        num_teachers = self.distillation.memory_size - 1 + len(results)
+        weights = state.memory_weights or (1.0,) * len(state.memory)
+        return (
+            (*state.memory, *(result.edge for result in results))[-num_teachers:],
+            (*weights, *(result.weight for result in results))[-num_teachers:],
+        )
 
+    def _known(self, logits: Tensor) -> float:
+        """Return the accuracy of an ensemble from its outputs `[E, N, ...]` for the core data."""
+        target = self.task.target(logits, self.distillation.temperature).mean(0)
+        return float(accuracy(self.task.prediction(target), self.dataset[1], self.task))
+
+    def _knowledge(
+        self, core: StateDict, results: Sequence[EdgeResult], logits: Tensor
+    ) -> Knowledge:
         def moved(share: float) -> float:
-            return self.train_accuracy(student_start(self.model, core, edge, sent, share))
+            return self.train_accuracy(student_start(self.model, core, results, share))
 
-        return Knowledge(float(accuracy(target, labels)), moved)
+        return Knowledge(self._known(logits), moved)
 
     def _share(self, knowledge: Knowledge) -> float:
         rule = self.distillation.student_start
@@ -276,11 +357,20 @@ class Core:
         return share
 
     def _teachers(
-        self, core: StateDict, memory: tuple[Ensemble, ...], weights: tuple[float, ...]
+        self,
+        core: StateDict,
+        memory: tuple[Ensemble, ...],
+        weights: tuple[float, ...],
+        num_new: int,
     ) -> tuple[list[TargetBank], list[float]]:
-        """Return the teachers of Eq. (2) with their weights; the core is one if it teaches too."""
-        origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime)
-        teachers = self.target_cache.banks(memory, self._bank, origin)
+        """Return the teachers of Eq. (2) with their weights; the core is one if it teaches too.
+
+        Args:
+            num_new: number of new ensembles, which share the memory limit of one.
+        """
+        origin = (self.model, self.dataset, self.distillation, self.seed, self.runtime, self.task)
+        make_bank = partial(self._bank, num_new=num_new)
+        teachers = self.target_cache.banks(memory, make_bank, origin)
         scale = 1 / len(memory) if self.distillation.mean_over_memory else 1.0
         scaled_weights = [scale * weight for weight in weights]
         if self.distillation.core_as_teacher:
@@ -288,7 +378,7 @@ class Core:
             scaled_weights = [*scaled_weights, 1.0]
         return teachers, scaled_weights
 
-    def _bank(self, ensemble: Ensemble) -> TargetBank:
+    def _bank(self, ensemble: Ensemble, num_new: int = 1) -> TargetBank:
         distillation = self.distillation
         max_teachers = distillation.memory_size + distillation.core_as_teacher
         return TargetBank(
@@ -298,8 +388,9 @@ class Core:
             distillation.recipe,
             view_seed=self._view_seed,
             temperature=distillation.temperature,
-            selection=distillation.selection,
-            max_bytes=self.runtime.target_bytes // max_teachers,
+            selection=self._selection,
+            task=self.task,
+            max_bytes=self.runtime.target_bytes // (max_teachers * num_new),
             runtime=self.runtime,
         )
 
@@ -307,20 +398,29 @@ class Core:
         self, start: StateDict, teachers: list[TargetBank], weights: list[float], version: int
     ) -> StateDict:
         distillation = self.distillation
-        with computed_ahead(teachers, distillation.recipe, self.runtime) as announce:
-            trained = fit(
-                self.model,
-                clone(start, 1),
-                self.dataset,
-                distillation.recipe,
-                loss=distillation_loss(distillation.temperature, distillation.student_temperature),
-                targets=weighted_sum(teachers, weights, announce),
-                seed=fold_in(self.seed, "phase-2", version),
-                view_seed=self._view_seed,
-                runtime=self.runtime,
-                phase="Phase 2",
-            )
+        trained = fit(
+            self.model,
+            clone(start, 1),
+            self.dataset,
+            distillation.recipe,
+            task=self.task,
+            loss=distillation_loss(
+                distillation.temperature, distillation.student_temperature, self.task
+            ),
+            targets=weighted_sum(teachers, weights),
+            seed=fold_in(self.seed, "phase-2", version),
+            view_seed=self._view_seed,
+            runtime=self.runtime,
+            phase="Phase 2",
+        )
         return member(trained, 0)
+
+    @property
+    def _selection(self) -> Selection | None:
+        """The selection of the distillation; `correct` stands for that of the task."""
+        if self.distillation.selection is correct and self.task != classification:
+            return self.task.correct
+        return self.distillation.selection
 
     @property
     def _view_seed(self) -> int:
@@ -338,6 +438,7 @@ def train_edge(
     dataset: Dataset,
     recipe: Recipe,
     *,
+    task: Task = classification,
     num_clones: int = 3,
     seed: int = 0,
     runtime: Runtime = Runtime(),
@@ -352,6 +453,7 @@ def train_edge(
         clone(params, num_clones),
         dataset,
         recipe,
+        task=task,
         seed=seed,
         runtime=runtime,
         phase="Phase 1",
@@ -359,33 +461,40 @@ def train_edge(
 
 
 def student_start(
-    model: nn.Module, core: StateDict, edge: Ensemble, sent: StateDict | None, share: float
+    model: nn.Module, core: StateDict, results: Sequence[EdgeResult], share: float
 ) -> StateDict:
-    """Move the core by a share of the clones' mean movement, measured from the model `sent`.
+    """Move the core by a share of the mean movement of all edges.
 
-    Buffers are interpolated between the core and the clones' mean instead, because adding a
-    difference could make a running variance negative. Integer buffers are counters and stay those
-    of the core.
+    The movement of an edge is the mean of its clones minus the model that the edge was sent.
+    Buffers are interpolated between the core and the mean of the edges' buffers instead, because
+    adding a difference could make a running variance negative. Integer buffers are counters and
+    stay those of the core.
     """
     if not share:
         return core
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    origin = sent or core
+    centres = [mean(result.edge) for result in results]
+    origins = [result.sent or core for result in results]
     start = dict(core)
-    for name, centre in mean(edge).items():
-        if core[name].is_floating_point():
-            base = origin[name] if name in trained else core[name]
-            start[name] = core[name] + share * (centre - base)
+    for name, tensor in core.items():
+        if tensor.is_floating_point():
+            movements = [
+                centre[name] - (origin[name] if name in trained else tensor)
+                for centre, origin in zip(centres, origins)
+            ]
+            start[name] = tensor + share * torch.stack(movements).mean(0)
     return start
 
 
-def _compare(core: Tensor, edge: Tensor, labels: Tensor) -> dict[str, float]:
-    """Score logits of the core `[N, C]` and of an edge `[E, N, C]` against labels `[N]`."""
-    ensemble = edge.softmax(-1).mean(0)
-    venn = Venn.of(core.argmax(-1) == labels, ensemble.argmax(-1) == labels)
+def _compare(core: Tensor, edge: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
+    """Score outputs of the core `[N, ...]` and of an edge `[E, N, ...]` against the labels."""
+    ensemble = task.prediction(task.target(edge, 1.0).mean(0))
+    venn = Venn.of(
+        *(counting(task.correct(outputs, labels), labels, task) for outputs in (core, ensemble))
+    )
     return {
         "core-accuracy": venn.student_only + venn.both,
-        "edge-accuracy": float(accuracy(edge, labels).mean()),
+        "edge-accuracy": float(accuracy(edge, labels, task).mean()),
         "ensemble-accuracy": venn.both + venn.teacher_only,
         "student-only": venn.student_only,
         "both": venn.both,

@@ -11,15 +11,21 @@ from typing import NamedTuple
 from torch import Tensor
 
 Selection = Callable[[Tensor, Tensor], Tensor]
-"""(target of one ensemble `[B, C]`, rows that sum to 1; labels `[B]`) -> weights `[B]`, in [0, 1].
+"""(prediction of one ensemble, labels `[B, *]`) -> weights `[B]` or `[B, *]`, in [0, 1].
 
-The weight of a sample multiplies the divergence between this ensemble and the student for that
-sample. A weight of 0 leaves the sample to the cross entropy and to the other teachers.
+For classification the prediction is the mean of the clones' tempered probabilities, `[B, C]`, rows
+that sum to 1; for other tasks it is what `Task.prediction` returns. The weight of a sample or
+element multiplies the divergence between this ensemble and the student there. A weight of 0 leaves
+the sample to the loss on the labels and to the other teachers.
 """
 
 
 def correct(target: Tensor, labels: Tensor) -> Tensor:
-    """Use an ensemble for the samples that it classifies correctly, and for no others."""
+    """Use an ensemble for the samples that it classifies correctly, and for no others.
+
+    A core with a task of another form than `[B, C]` uses `Task.correct` in the place of this
+    function, so that the preset `practical` means the same for every task.
+    """
     return (target.argmax(-1) == labels).to(target.dtype)
 
 

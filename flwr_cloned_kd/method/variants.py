@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..engine.ensemble import StateDict, initialise
+from ..engine.ensemble import StateDict, initialise, trained_state
 from ..engine.recipe import fold_in
 from .core import Core, CoreState
 
@@ -18,14 +18,19 @@ def cloned(state: CoreState) -> StateDict:
 
 def independent(core: Core) -> Send:
     """Send one model that was initialised with another seed and trained on the core data (I-)."""
-    start = initialise(core.model, fold_in(core.seed, "independent"))
+    start = _initial(core, fold_in(core.seed, "independent"))
     model = replace(core, seed=fold_in(core.seed, "independent-phase-0")).pretrain(start)
     return lambda state: model
 
 
 def scratch(core: Core) -> Send:
     """Send new initial weights for each version of the core, so edges train from scratch (Is-)."""
-    return lambda state: initialise(core.model, fold_in(core.seed, "scratch", state.version))
+    return lambda state: _initial(core, fold_in(core.seed, "scratch", state.version))
+
+
+def _initial(core: Core, seed: int) -> StateDict:
+    fresh = initialise(core.model, seed)
+    return {name: fresh[name] for name in trained_state(core.model)}
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class VirtualGrid(Grid):
         crash: probability, in [0, 1], that a training ends half way with an error.
         core: seconds that the core takes to learn from an answer. The edge of this draw is the one
             that answered, and the visit is the number of its request.
+        further: seconds that each further answer adds if the core learns from several together.
         seed: determines every draw.
 
         All options but the seed are numbers, or a `Draw` such as `LogNormal` or `Trace`. The visit
@@ -73,6 +74,7 @@ class VirtualGrid(Grid):
         away: Draw | float = math.inf,
         crash: Draw | float = 0.0,
         core: Draw | float = 0.0,
+        further: Draw | float = 0.0,
         seed: int = 0,
     ) -> None:
         if not apps:
@@ -90,6 +92,7 @@ class VirtualGrid(Grid):
             "away": as_draw(away),
             "crash": as_draw(crash),
             "core": as_draw(core),
+            "further": as_draw(further),
         }
         self._time = 0.0
         # Numbers the messages, and the events of the heap: the earlier of two at one time is first.
@@ -134,9 +137,11 @@ class VirtualGrid(Grid):
         happen()
         return True
 
-    def core_seconds(self, edge: str, number: int) -> float:
-        """Draw the seconds that the core takes to learn from one answer."""
-        return self._draw("core", edge, number)
+    def core_seconds(self, answers: Sequence[tuple[str, int]]) -> float:
+        """Draw the seconds that the core takes to learn from answers together."""
+        first, *others = answers
+        further = sum(self._draw("further", *answer) for answer in others)
+        return self._draw("core", *first) + further
 
     # Flower's Grid
 
@@ -172,7 +177,9 @@ class VirtualGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that have arrived; an error replaces that of a node that is away."""
-        replies = []
+        replies: list[Message] = []
+        if not self._replies:  # most calls: a strategy asks after every event
+            return replies
         for message_id in message_ids:
             reply = self._replies.pop(message_id, None)
             if reply is None:

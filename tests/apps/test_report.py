@@ -103,6 +103,38 @@ def test_tables_show_every_round_and_every_strategy(report):
     assert "first core: 0.500" in text
 
 
+def seconds_row(server_round, seconds, idle, core, train):
+    numbers = {"core-idle-seconds": idle, "core-seconds": core, "reported-train-seconds": train}
+    return {"strategy": "cloned-kd", **row(server_round, 0.6), "seconds": seconds, **numbers}
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        # 20 s until the first answer, of which the edge trained 4 s; then 3 s, of which 2 s. The
+        # core learned for 1 s each; 1.5 s are left of 25.5 s.
+        (
+            [seconds_row(1, 21.5, 20, 1, 4), seconds_row(2, 4.0, 3, 1, 2)],
+            ["25.5", "6.0", "2.0", "16.0", "1.5"],
+        ),
+        # An edge that trained while the core learned, and edges that report what cannot be.
+        ([seconds_row(1, 3.0, 1, 2, 9)], ["3.0", "1.0", "2.0", "0.0", "0.0"]),
+        ([seconds_row(1, 3.0, 1, 2, 1e300)], ["3.0", "1.0", "2.0", "0.0", "0.0"]),
+        ([seconds_row(1, 3.0, 1, 2, -5)], ["3.0", "0.0", "2.0", "1.0", "0.0"]),
+        # Flower's own strategies do not measure the parts.
+        ([{"strategy": "fedavg", **row(1, 0.6), "seconds": 7.0}], ["7.0", "-", "-", "-", "-"]),
+    ],
+)
+def test_the_comparison_says_where_the_seconds_went(rows, expected):
+    table = comparison_table(rows, 0.5)
+    titles = [column.header for column in table.columns]
+    assert titles[-5:] == ["seconds", "edges train", "core learns", "start", "other"]
+    assert [next(iter(column.cells)) for column in table.columns][-5:] == expected
+    console = Console(width=118, record=True, file=io.StringIO())
+    console.print(table)
+    assert "…" not in console.export_text()
+
+
 def test_the_summary_accounts_for_bytes_time_and_staleness(report):
     late = {"staleness": 2, "core-seconds": 1.5, "core-idle-seconds": 0.5, "edge-seconds": 4.0}
     report.add("cloned-kd", row(4, 0.7) | late)

@@ -87,6 +87,7 @@ def test_the_knobs_that_do_not_affect_the_plain_loop_are_these():
         "fedbuff_size",
         "max_in_flight",
         "max_staleness",
+        "max_together",
         "proximal_mu",
         "results",
         "staleness_a",

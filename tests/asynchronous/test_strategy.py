@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import accumulate
 
 import pytest
 from flwr.app import ArrayRecord, Error, Message, RecordDict
@@ -429,6 +430,33 @@ def test_an_answer_to_a_request_that_was_given_up_is_dropped():
     grid.pull_messages = slow
     assert not courier.tick()
     assert courier.progress().unsettled == {"1": [1]}
+
+
+def test_an_answer_waits_for_a_poll_at_most_a_tenth_of_its_seconds(monkeypatch):
+    # Nothing ever happens, and the courier polls until an imitated clock shows an hour.
+    courier = Courier(
+        FakeGrid([silent]),
+        Session(),
+        lambda number, node, now: None,
+        lambda *event: None,
+        num_rounds=1,
+        max_in_flight=1,
+        timeout=1e9,
+    )
+    monkeypatch.setattr(courier, "tick", lambda: False)
+    pauses = []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        courier._closed = sum(pauses) > 3600
+
+    monkeypatch.setattr(courier._wake, "wait", wait)
+    courier._run()
+    polled_at = [0.0, *accumulate(pauses)]
+    assert all(pause <= 0.1 * at + 0.03 for at, pause in zip(polled_at, pauses))
+    # In the long run the grid is asked every two seconds, as before.
+    assert max(pauses) == 2.0
+    assert len(pauses) < 3600 / 2 + 50
 
 
 def test_a_subclass_needs_four_methods():

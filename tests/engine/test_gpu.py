@@ -3,10 +3,12 @@
 Not part of CI, which has no GPU: `python -m pytest -m gpu tests/engine/test_gpu.py`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from flwr_cloned_kd import (
     Core,
@@ -14,6 +16,7 @@ from flwr_cloned_kd import (
     Recipe,
     Runtime,
     clone,
+    cross_entropy,
     fit,
     practical,
     predict,
@@ -45,9 +48,13 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-def trained(model, runtime, *, num_clones=3, recipe=RECIPE):
+RECORDED = replace(GPU, batch_clones=False, cuda_graphs=True)
+PLAIN = replace(RECORDED, cuda_graphs=False)
+
+
+def trained(model, runtime, *, num_clones=3, recipe=RECIPE, data=DATA, **options):
     start = clone(model.state_dict(), num_clones)
-    return fit(model, start, DATA, recipe, seed=6, runtime=runtime)
+    return fit(model, start, data, recipe, seed=6, runtime=runtime, **options)
 
 
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
@@ -66,6 +73,65 @@ def test_a_recorded_step_equals_a_plain_one_to_the_last_bit(build, batched, chan
     plain = trained(build(), runtime, recipe=recipe)
     recorded = trained(build(), replace(runtime, cuda_graphs=True), recipe=recipe)
     assert same_bits(plain, recorded)
+
+
+@pytest.mark.parametrize("num_images", [32, 33, 38, 5, 16])
+def test_batches_of_every_last_size_are_the_same_when_recorded(num_images):
+    # By batches of 8: no smaller last batch, one image that is left out, a last batch of 6, less
+    # than one batch, and with one epoch fewer steps than the warm-up has.
+    data = images(num_images)
+    recipe = replace(RECIPE, epochs=1 if num_images == 16 else 6)
+    plain = trained(cnn(), PLAIN, recipe=recipe, data=data)
+    assert same_bits(trained(cnn(), RECORDED, recipe=recipe, data=data), plain)
+
+
+def test_dropout_draws_the_same_numbers_when_recorded():
+    model = mlp(nn.Dropout(0.5))
+    plain = trained(model, PLAIN)
+    assert same_bits(trained(model, RECORDED), plain)
+    assert distance(plain, trained(mlp(), PLAIN)) > ROUNDING
+
+
+@pytest.mark.slow
+def test_compiled_clones_give_the_same_bits_when_recorded():
+    compiled = replace(PLAIN, compile=True)
+    plain = trained(cnn(), compiled)
+    assert same_bits(trained(cnn(), replace(compiled, cuda_graphs=True)), plain)
+    assert distance(plain, trained(cnn(), PLAIN)) < 10 * ROUNDING
+
+
+@pytest.mark.parametrize("runtime", [PLAIN, RECORDED], ids=["plain", "recorded"])
+def test_an_outer_autocast_changes_nothing(runtime):
+    expected = trained(cnn(), runtime)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert same_bits(trained(cnn(), runtime), expected)
+
+
+def test_two_threads_may_record_at_the_same_time():
+    models = [cnn(seed=seed) for seed in range(2)]
+    alone = [trained(model, RECORDED) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda model: trained(model, RECORDED), models))
+    assert all(map(same_bits, together, alone))
+
+
+def test_a_loss_that_waits_for_the_gpu_cannot_be_recorded_and_breaks_nothing():
+    def loss(logits, batch):
+        value = cross_entropy(logits, batch)
+        return value if value.item() > 0 else 2 * value
+
+    expected = trained(cnn(), RECORDED)
+    with pytest.raises(RuntimeError, match=r"cuda_graphs: .*cuda_graphs=False trains"):
+        trained(cnn(), RECORDED, loss=loss)
+    assert same_bits(trained(cnn(), RECORDED), expected)
+    trained(cnn(), PLAIN, loss=loss)
+
+
+@pytest.mark.parametrize("batched", [None, True])
+def test_clones_in_bfloat16_train_one_by_one_on_a_gpu(batched):
+    bf16 = replace(GPU, bf16=True)
+    expected = trained(cnn(), replace(bf16, batch_clones=False))
+    assert same_bits(trained(cnn(), replace(bf16, batch_clones=batched)), expected)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "recorded"])
@@ -100,6 +166,29 @@ def test_the_targets_of_a_gpu_equal_those_of_the_cpu():
         batch = Batch(DATA[0][rows].to(device), DATA[1][rows].to(device), rows.to(device), 2)
         targets.append(bank(batch).cpu())
     assert (targets[0] - targets[1]).abs().max() < ROUNDING
+
+
+def test_the_processor_does_not_wait_for_the_targets_of_a_batch():
+    model = cnn()
+    bank = TargetBank(
+        model,
+        trained(model, CPU),
+        DATA,
+        RECIPE,
+        view_seed=1,
+        temperature=4.0,
+        max_bytes=0,
+        runtime=GPU,
+    )
+    rows = torch.arange(8).cuda()
+    batch = Batch(DATA[0].cuda()[rows], DATA[1].cuda()[rows], rows, 2)
+    expected = bank(batch)  # the models are put on the GPU
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        target = bank(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(target, expected)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "recorded"])

@@ -23,7 +23,7 @@ def batch_of(labels):
 def distilled(teachers, weights, temperature, student_temperature=None):
     """Make the loss of a student for teachers with the logits `[K, B, C]`."""
     logits = torch.as_tensor(teachers, dtype=torch.float64)
-    target = soft_target(logits, weights, temperature)
+    target = soft_target(logits, torch.tensor(weights, dtype=torch.float64), temperature)
     loss = distillation(temperature, student_temperature)
     return lambda student, batch: loss(student, batch._replace(targets=target))
 
@@ -90,8 +90,15 @@ def test_cross_entropy_of_two_samples_by_hand():
 def test_the_target_is_a_weighted_sum_by_hand():
     # 1/2 (1/4, 3/4) + 2 (3/4, 1/4) = (13/8, 7/8).
     logits = torch.tensor([[QUARTER], [THREE_QUARTERS]], dtype=torch.float64)
-    target = soft_target(logits, [0.5, 2.0], temperature=2.0)
+    target = soft_target(logits, torch.tensor([0.5, 2.0], dtype=torch.float64), temperature=2.0)
     assert target.squeeze().tolist() == pytest.approx([13 / 8, 7 / 8], abs=1e-12)
+
+
+def test_a_target_needs_no_tensor_of_python_numbers(monkeypatch):
+    # On a GPU such a tensor is a copy for which the processor waits, in every step.
+    logits, weights = torch.zeros(2, 3, 4), torch.tensor([0.5, 0.5])
+    monkeypatch.setattr(torch, "tensor", None)
+    assert soft_target(logits, weights, 2.0).shape == (3, 4)
 
 
 STUDENT = torch.tensor([[0.0, 2 * log(7)]], dtype=torch.float64)

@@ -105,6 +105,20 @@ def test_a_gpu_compiles_on_demand_only(machine):
     assert planned(large(), {"device": "cuda", "compile": True}).compile
 
 
+@pytest.mark.parametrize(
+    ("build", "asked", "expected"),
+    [
+        (small, {"bf16": True}, Plan("cuda", True, False, False, False)),
+        (small, {"bf16": True, "batch_clones": True}, Plan("cuda", True, False, False, False)),
+        (large, {"batch_clones": True}, Plan("cuda", False, False, True, False)),
+        (small, {"bf16": True, "compile": True}, Plan("cuda", True, True, False, False)),
+    ],
+)
+def test_on_a_gpu_one_pass_for_all_clones_is_in_float32(machine, build, asked, expected):
+    assert planned(build(), {"device": "cuda"} | asked) == expected
+    assert planned(build(), asked | {"device": "cpu"}).batch_clones
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_gpu_that_only_emulates_bfloat16_trains_in_float32(machine, supported):
     machine(cuda_bf16=supported)

@@ -4,8 +4,10 @@ The function does not run while it is recorded. Every replay runs it again on th
 and learning rate, and overwrites the same outcome.
 """
 
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,6 +279,177 @@ def test_a_recorded_step_by_hand():
     assert isinstance(calls[-1][1], float)
     # The next batch of full size is replayed as before.
     assert recorded([batches[5]], 0.5).logits.item() == 10
+
+
+class Unrecordable(RecordedStep):
+    """Runs the step while it records; the end of a recording that failed fails too."""
+
+    def __init__(self, step, ending=None):
+        super().__init__(step, torch.device("cpu"))
+        self.ending = ending
+
+    def record(self, run):
+        try:
+            return (lambda: None), run()
+        finally:
+            if self.ending is not None:
+                raise self.ending
+
+    @contextmanager
+    def warming_up(self):
+        yield
+
+
+ENDING = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("ending", [None, ENDING], ids=["alone", "hidden by the end"])
+def test_an_error_while_recording_names_the_option_and_what_failed(ending):
+    calls = []
+
+    def step(batches, lr):
+        calls.append(batches)
+        if len(calls) > WARM_UP_STEPS:
+            raise KeyError("a loss that reads a table")
+        return Outcome(torch.zeros(1, 1, 1), torch.zeros(1))
+
+    recorded = Unrecordable(step, ending)
+    for _ in range(WARM_UP_STEPS):
+        recorded([batch_of(2, 1)], 0.5)
+    expected = "cuda_graphs: .*got KeyError: 'a loss that reads a table'; cuda_graphs=False trains"
+    with pytest.raises(RuntimeError, match=expected) as caught:
+        recorded([batch_of(2, 1)], 0.5)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_error_of_the_recorder_itself_names_the_option():
+    recorded = Unrecordable(
+        lambda batches, lr: Outcome(torch.zeros(1, 1, 1), torch.zeros(1)), ENDING
+    )
+    for _ in range(WARM_UP_STEPS):
+        recorded([batch_of(2, 1)], 0.5)
+    with pytest.raises(RuntimeError, match=r"cuda_graphs: .*got RuntimeError: CUDA") as caught:
+        recorded([batch_of(2, 1)], 0.5)
+    assert caught.value.__cause__ is ENDING
+
+
+def test_an_error_of_a_warm_up_step_stays_as_it_is():
+    def step(batches, lr):
+        raise KeyError("no recording yet")
+
+    with pytest.raises(KeyError, match="no recording yet"):
+        Unrecordable(step)([batch_of(2, 1)], 0.5)
+
+
+class Stream:
+    """Stands for a CUDA stream, and is a context in which it is the current one."""
+
+    current = None
+
+    def __init__(self):
+        Stream.current = Stream.current or self
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self
+
+    def __exit__(self, *_):
+        Stream.current = self.before
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Imitate PyTorch's streams and graphs: count streams, keep the options of recordings."""
+    imitation = SimpleNamespace(streams=[], options=[], graph=nullcontext)
+
+    def make_stream():
+        imitation.streams.append(Stream())
+        return imitation.streams[-1]
+
+    def graph(graph, **options):
+        imitation.options.append(options)
+        return imitation.graph()
+
+    monkeypatch.setattr(Stream, "current", None)
+    imitation.default = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", make_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream.current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return imitation
+
+
+def on_cuda(step=None):
+    outcome = Outcome(torch.zeros(1, 1, 1), torch.zeros(1))
+    return RecordedStep(step or (lambda batches, lr: outcome), torch.device("cpu"))
+
+
+def test_a_recorded_step_has_one_side_stream_for_warm_up_and_recording(cuda):
+    used = []
+
+    def step(batches, lr):
+        used.append(Stream.current)
+        return Outcome(torch.zeros(1, 1, 1), torch.zeros(1))
+
+    recorded = on_cuda(step)
+    for _ in range(WARM_UP_STEPS + 3):
+        recorded([batch_of(2, 1)], 0.5)
+    (side,) = cuda.streams
+    assert used == [side] * (WARM_UP_STEPS + 1)
+    # Only the calls of this thread can break the recording.
+    assert cuda.options == [{"stream": side, "capture_error_mode": "thread_local"}]
+    assert Stream.current is cuda.default
+
+
+def test_a_failed_recording_leaves_the_stream_of_the_thread_as_it_was(cuda):
+    @contextmanager
+    def graph():
+        Stream.current = Stream()
+        yield
+        raise ENDING
+
+    cuda.graph = graph
+    recorded = on_cuda()
+    for _ in range(WARM_UP_STEPS):
+        recorded([batch_of(2, 1)], 0.5)
+    with pytest.raises(RuntimeError, match="cuda_graphs"):
+        recorded([batch_of(2, 1)], 0.5)
+    assert Stream.current is cuda.default
+
+
+def test_two_threads_never_record_at_the_same_time(cuda):
+    # Each recording lasts until the other thread has had the chance to begin its own.
+    other_began, num_active = threading.Event(), []
+    active = []
+
+    @contextmanager
+    def graph():
+        active.append(threading.get_ident())
+        num_active.append(len(active))
+        if len(num_active) == 2:
+            other_began.set()
+        other_began.wait(0.1)
+        yield
+        active.pop()
+
+    cuda.graph = graph
+
+    def train():
+        recorded = on_cuda()
+        for _ in range(WARM_UP_STEPS + 1):
+            recorded([batch_of(2, 1)], 0.5)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert num_active == [1, 1]
 
 
 def test_on_a_cpu_a_step_is_never_recorded(monkeypatch):

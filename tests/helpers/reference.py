@@ -104,6 +104,8 @@ def train(
 ):
     """Train one model by plain SGD with the draws of clone `clone`; return its state dict.
 
+    The recipe may name another optimizer, a limit for the gradient, and steps instead of epochs.
+
     Args:
         fused: use PyTorch's fused kernel, which rounds a multiply-add once instead of twice.
         history: a list that receives the mean loss and accuracy of every epoch.
@@ -112,21 +114,28 @@ def train(
     model.load_state_dict(params)
     generator = torch.Generator().manual_seed(fold_in(seed, clone))
     start = [weight.detach().clone() for weight in model.parameters()]
-    optimiser = torch.optim.SGD(
-        [weight for weight in model.parameters() if weight.requires_grad],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        fused=fused,
-    )
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if recipe.optimizer is None:
+        optimiser = torch.optim.SGD(
+            trained,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=fused,
+        )
+    else:
+        optimiser = recipe.optimizer(trained, lr=recipe.lr)
     counting = torch.Generator().manual_seed(0)
     num_batches = len(list(epoch_batches(dataset, recipe, counting)))
     epochs, step = [], 0
-    for epoch in range(recipe.epochs):
+    num_steps = recipe.steps or recipe.epochs * num_batches
+    for epoch in range(num_steps):  # at least one step per epoch
         losses = correct = count = 0
         for x, y in epoch_batches(dataset, recipe, generator, epoch, view_seed):
+            if step == num_steps:
+                break
             for group in optimiser.param_groups:
-                group["lr"] = recipe.lr * recipe.schedule(step / (recipe.epochs * num_batches))
+                group["lr"] = recipe.lr * recipe.schedule(step / num_steps)
             logits = model(x)
             value = objective = loss(logits, x, y)
             if recipe.proximal_mu:
@@ -135,11 +144,16 @@ def train(
                 objective = value + recipe.proximal_mu / 2 * squares
             optimiser.zero_grad()
             objective.backward()
+            if recipe.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
             optimiser.step()
             step += 1
             losses += value.item() * len(y)
-            correct += (logits.argmax(1) == y).sum().item()
+            if logits.dim() == y.dim() + 1:  # classes
+                correct += (logits.argmax(1) == y).sum().item()
             count += len(y)
+        if not count:
+            break
         epochs.append(Epoch(losses / count, correct / count))
         if recipe.stop is not None and recipe.stop(epochs):
             break

@@ -29,7 +29,7 @@ from flwr_cloned_kd import (
 )
 from flwr_cloned_kd.engine.ensemble import mean, seeded
 from flwr_cloned_kd.method import core as core_module
-from flwr_cloned_kd.method.core import student_start
+from flwr_cloned_kd.method.core import EdgeResult, student_start
 from tests.helpers import reference
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, cnn, distance, few, images, mlp, same_bits, snapshot
@@ -314,7 +314,7 @@ def test_a_start_has_the_statistics_of_the_clones_and_own_counters():
     now = snapshot(mlp(seed=8).state_dict())
     now["2.num_batches_tracked"].fill_(70)
     now["2.running_var"].fill_(0.5)
-    start = student_start(core.model, now, edge, core.model.state_dict(), 1.0)
+    start = student_start(core.model, now, [EdgeResult(edge, core.model.state_dict())], 1.0)
     assert (start["2.running_var"] - edge["2.running_var"].mean(0)).abs().max() < 1e-6
     assert (start["2.running_mean"] - edge["2.running_mean"].mean(0)).abs().max() < 1e-6
     assert start["2.num_batches_tracked"] == 70
@@ -330,7 +330,7 @@ def test_a_running_variance_never_becomes_negative(core, sent, clones, share):
     params = [snapshot(model.state_dict()) for _ in range(3)]
     for state, values in zip(params, (core, sent, clones)):
         state["2.running_var"] = torch.tensor(values)
-    start = student_start(model, params[0], clone(params[2], 2), params[1], share)
+    start = student_start(model, params[0], [EdgeResult(clone(params[2], 2), params[1])], share)
     assert (start["2.running_var"] >= 0).all()
 
 

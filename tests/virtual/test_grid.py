@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flwr_cloned_kd import ClonedKD, Constant, Exponential, LogNormal, VirtualGrid, fold_in
+from flwr_cloned_kd.asynchronous.session import Session
 from tests.helpers import victim
 from tests.helpers.federation import NOTHING, Tally, adds, app, small_core
 from tests.helpers.scripted import W_BYTES, by_edge, nodes, run
@@ -347,15 +348,29 @@ def test_every_request_is_accounted_for_in_any_federation(
     assert second_strategy.w == strategy.w
 
 
-def test_ten_thousand_edges_in_a_minute_and_no_message_is_kept():
+def test_ten_thousand_edges_in_seconds_and_no_message_is_kept():
+    # 8 s of a processor beside three busy processes; 11 s with the log that pytest keeps.
     num_edges = 10_000
     started = time.process_time()
     grid = VirtualGrid(nodes(num_edges), compute=LogNormal(median=60, sigma=1.0), core=0.1)
     strategy = run(grid, rounds=num_edges, timeout=1e5, max_in_flight=100)
     assert strategy.w == num_edges * (num_edges + 1) / 2
-    assert time.process_time() - started < 60
+    assert time.process_time() - started < 20
     gc.collect()
     assert sum(type(item) is Message for item in gc.get_objects()) < 200
+
+
+def test_the_work_of_a_round_does_not_grow_with_the_rounds_or_the_edges_in_flight(monkeypatch):
+    """Each event costs one pull for all requests, and no copy of the books is made."""
+    calls = []
+    grid = VirtualGrid(nodes(50), compute=LogNormal(median=60, sigma=1.0), core=0.1)
+    pull = grid.pull_messages
+    monkeypatch.setattr(grid, "pull_messages", lambda ids: calls.append(ids) or pull(ids))
+    monkeypatch.setattr(Session, "progress", None)  # only a checkpoint needs it
+    strategy = run(grid, rounds=50, max_in_flight=20)
+    assert strategy.w == 50 * 51 / 2
+    # The names of the edges; then for each round the request, the answer and the core's time.
+    assert len(calls) <= 2 + 3 * 50
 
 
 @pytest.mark.parametrize("core", [0.0, 0.1, 1.0, 3.0])

@@ -37,6 +37,7 @@ def main(grid: Grid, context: Context) -> None:
             core,
             num_clones=settings.num_clones or variant.num_clones,
             max_in_flight=settings.max_in_flight,
+            max_together=settings.max_together,
             max_staleness=build.max_staleness(settings),
             staleness_weight=build.staleness_weight(settings),
             revisit=settings.num_rounds > settings.num_edges,

@@ -1,0 +1,125 @@
+"""One Phase 2 for several edges: its teachers, its start, its memory and its twin."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from flwr_cloned_kd import CoreState, Recipe, correct, train_edge
+from flwr_cloned_kd.engine.ensemble import mean
+from flwr_cloned_kd.method.core import EdgeResult, student_start
+from tests.helpers.cores import make_core, start_of
+from tests.helpers.reference import ROUNDING, distance, images, mlp, same_bits, snapshot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DATA, HELD_OUT = images(24, seed=0), images(31, seed=1)
+RECIPE = Recipe(epochs=2, batch_size=8)
+core_of = partial(make_core, DATA, RECIPE)
+
+
+def edge_of(index, num_clones=2):
+    params, data = mlp().state_dict(), images(24, seed=10 + index)
+    return train_edge(mlp(), params, data, RECIPE, num_clones=num_clones, seed=index)
+
+
+def results_of(count, **options):
+    return [EdgeResult(edge_of(index), **options) for index in range(count)]
+
+
+def test_one_edge_gives_the_bits_of_distill():
+    core = core_of(held_out=HELD_OUT, distillation={"student_start": 0.5, "core_as_teacher": True})
+    alone, metrics = core.distill(start_of(core), edge_of(0), weight=0.5)
+    together, all_metrics = core.distill_all(start_of(core), [EdgeResult(edge_of(0), None, 0.5)])
+    assert same_bits(alone.params, together.params)
+    assert alone.memory_weights == together.memory_weights
+    assert [metrics] == all_metrics
+
+
+def test_two_edges_without_memory_teach_like_the_ensemble_of_their_clones():
+    """The mean of two targets of two clones each is the target of all four clones."""
+    options = {"memory_size": 1, "mean_over_memory": True, "student_start": 0.5}
+    core = core_of(distillation=options)
+    results = results_of(2)
+    union = {name: torch.cat([result.edge[name] for result in results]) for name in results[0].edge}
+    together, _ = core.distill_all(start_of(core), results)
+    twin, _ = core.distill(start_of(core), union)
+    assert distance(together.params, twin.params) < ROUNDING
+
+
+def test_the_teachers_are_the_new_edges_and_all_but_the_oldest_of_the_memory():
+    """With the same teachers in the memory, a weight of zero for one changes nothing but itself."""
+    core = core_of(distillation={"memory_size": 2})
+    state, _ = core.distill(start_of(core), edge_of(0))
+    state, _ = core.distill(state, edge_of(1))
+    with_memory, _ = core.distill_all(state, results_of(2))
+    forgotten = CoreState(state.params, (edge_of(9), state.memory[1]), version=state.version)
+    without_oldest, _ = core.distill_all(forgotten, results_of(2))
+    changed = CoreState(state.params, (state.memory[0], edge_of(9)), version=state.version)
+    other_newest, _ = core.distill_all(changed, results_of(2))
+    assert same_bits(with_memory.params, without_oldest.params)
+    assert not same_bits(with_memory.params, other_newest.params)
+
+
+def test_the_memory_keeps_the_latest_edges_in_order():
+    core = core_of(distillation={"memory_size": 2})
+    results = [EdgeResult(edge_of(index), weight=1 / (1 + index)) for index in range(3)]
+    state, metrics = core.distill_all(start_of(core), results)
+    assert [same_bits(kept, result.edge) for kept, result in zip(state.memory, results[1:])] == [
+        True,
+        True,
+    ]
+    assert state.memory_weights == (1 / 2, 1 / 3)
+    assert state.version == 3
+    assert len(metrics) == 3
+    assert len(state.train_accuracy) == 1
+
+
+def test_the_start_is_the_mean_of_movements_from_different_models():
+    core, edges = mlp(), [edge_of(0), edge_of(1)]
+    now = snapshot(mlp(seed=8).state_dict())
+    sent = [snapshot(mlp(seed=seed).state_dict()) for seed in (3, 4)]
+    results = [EdgeResult(edge, origin) for edge, origin in zip(edges, sent)]
+    start = student_start(core, now, results, 0.5)
+    for name, _ in core.named_parameters():
+        movements = [mean(edge)[name] - origin[name] for edge, origin in zip(edges, sent)]
+        expected = now[name] + 0.5 * (movements[0] + movements[1]) / 2
+        assert (start[name] - expected).abs().max() < 1e-6
+
+
+def test_each_edge_gets_metrics_of_its_own():
+    core = core_of(held_out=HELD_OUT, distillation={"selection": correct})
+    _, metrics = core.distill_all(start_of(core), results_of(2))
+    alone = [core.distill(start_of(core), edge_of(index))[1] for index in range(2)]
+    for name in ("known", "edge-accuracy", "ensemble-accuracy"):
+        assert [row[name] for row in metrics] == [row[name] for row in alone]
+    assert metrics[0]["core-accuracy"] == metrics[1]["core-accuracy"]
+
+
+def test_a_guard_refuses_all_edges_of_a_round():
+    core = core_of(guard=lambda history, accuracy: True)
+    state = start_of(core)
+    after, metrics = core.distill_all(state, results_of(2))
+    assert after is state
+    assert [row["accepted"] for row in metrics] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([], "results: expected at least one, got none"),
+        ([EdgeResult({}, None, -1.0)], "weight: expected at least 0, got -1.0"),
+    ],
+)
+def test_results_out_of_range_are_refused(results, message):
+    core = core_of()
+    with pytest.raises(ValueError, match=message):
+        core.distill_all(start_of(core), results)
+
+
+def test_kept_targets_stay_below_the_limit():
+    limit = 24 * 4 * 4 * 2 * 2  # targets of two teachers in two epochs
+    core = core_of(distillation={"memory_size": 2})
+    core = core_of(distillation={"memory_size": 2}, runtime=type(core.runtime)(target_bytes=limit))
+    core.distill_all(start_of(core), results_of(4))
+    assert core.target_cache.num_bytes <= limit
