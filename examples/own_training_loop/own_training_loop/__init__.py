@@ -1,0 +1,1 @@
+"""Cloned knowledge distillation around a training loop of your own."""
