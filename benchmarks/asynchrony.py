@@ -35,7 +35,7 @@ from flwr_cloned_kd import (
     practical,
     take,
 )
-from flwr_cloned_kd.asynchronous.palette import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from flwr_cloned_kd.asynchronous.palette import BLUE, ORANGE, PURPLE, VERMILION
 from flwr_cloned_kd.io.checkpoint import write_atomically
 
 TRAIN_SECONDS = 60.0
@@ -43,20 +43,14 @@ TRAIN_SECONDS = 60.0
 SPREAD = 1.0
 """Standard deviation of the logarithm of that time."""
 CORE_SECONDS = 20.0
-FURTHER_SECONDS = 2.0
-"""Of the core for each further answer that is distilled together, see `benchmarks.together`."""
 BYTES_PER_SECOND = 100_000.0
 GOALS = (0.90, 0.95)
 IN_FLIGHT = (1, 2, 4, 8)
-TOGETHER = (4, 8)
-"""Edges in flight of the runs that distil waiting answers together."""
 STYLES = {
     "cloned KD, 1 in flight": (BLUE, "-"),
     "cloned KD, 2 in flight": (BLUE, "--"),
     "cloned KD, 4 in flight": (BLUE, "-."),
     "cloned KD, 8 in flight": (BLUE, ":"),
-    "cloned KD, 4 in flight, together": (GREEN, "-."),
-    "cloned KD, 8 in flight, together": (GREEN, ":"),
     "FedAvg, waits": (VERMILION, "-"),
     "FedAsync, 8 in flight": (PURPLE, "-"),
     "FedBuff, 8 in flight": (ORANGE, "-"),
@@ -184,12 +178,6 @@ def runs(num_edges: int) -> dict[str, Callable[[Study], Curve]]:
     cloned_kd: dict[str, Callable[[Study], Curve]] = {
         f"cloned KD, {count} in flight": partial(Study.cloned_kd, in_flight=count)
         for count in IN_FLIGHT
-    }
-    cloned_kd |= {
-        f"cloned KD, {count} in flight, together": partial(
-            Study.cloned_kd, in_flight=count, together=count, further=FURTHER_SECONDS
-        )
-        for count in TOGETHER
     }
     return cloned_kd | {
         "FedAvg, waits": lambda study: study.fedavg(answers // per_round, per_round),
