@@ -144,6 +144,38 @@ def test_an_edge_with_another_backbone_is_refused_by_name():
     assert "frozen weights of this edge" in cause
 
 
+def unfrozen(seed=0):
+    return backbone_and_head(seed).requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("build_core", "build_edge", "cause"),
+    [
+        (backbone_and_head, unfrozen, "got none: no weight of this edge's model is frozen"),
+        (
+            unfrozen,
+            backbone_and_head,
+            "parameters: expected 2 arrays, as 7 of this edge's model are frozen, got 9",
+        ),
+    ],
+    ids=["the core", "the edge"],
+)
+def test_a_backbone_that_is_frozen_on_one_side_only_is_named(build_core, build_edge, cause):
+    core = core_of(build_core())
+    strategy = ClonedKD(core, num_clones=2)
+    first = ArrayRecord(trained_state(core.model))
+    strategy.start(VirtualGrid(edge_apps(build_edge, 1)), first, num_rounds=1)
+    assert strategy.history[0]["accepted"] == 0
+    assert cause in strategy.history[0]["cause"]
+
+
+def test_a_core_that_is_wholly_frozen_is_refused_by_name():
+    core = core_of(backbone_and_head().requires_grad_(False))
+    message = "model: expected a parameter that requires a gradient, got none"
+    with pytest.raises(ValueError, match=message):
+        core.pretrain()
+
+
 def test_fedavg_sends_no_digest_and_averages_the_trained_part():
     model = backbone_and_head()
     strategy = FedAvg(min_train_nodes=2, min_available_nodes=2, fraction_evaluate=0.0)
