@@ -22,6 +22,8 @@ POLL_GROWTH = 1.1
 INITIAL_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 30.0
 MAX_FAILED_CALLS = 30
+IDLE_LOG_SECONDS = 10.0
+"""Seconds without an edge to ask, after which one log line says that the run waits."""
 
 Compose = Callable[[int, int, float], tuple[Message, Dispatch]]
 """(number of the request, node id, time in seconds) -> message to send, and its record."""
@@ -72,6 +74,7 @@ class Courier:
         self._num_arrived = 0
         self._failed_calls = 0
         self._idle_since = self.now()
+        self._idle_logged = False
         self._ended = False
         self._closed = False
         self._error: BaseException | None = None
@@ -333,7 +336,24 @@ class Courier:
         recovering = not gave_up and (self._session.paused_until > now or self._session.has_resting)
         if self._session.unsettled or self._arrivals.pending or recovering:
             self._idle_since = now
+            self._idle_logged = False
         elif gave_up or now >= self._idle_since + self._timeout:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+        elif now >= self._idle_since + IDLE_LOG_SECONDS and self._wants_more():
+            self._log_idle(now)
+
+    def _log_idle(self, now: float) -> None:
+        """Log, once per wait, that no edge is left to ask; no time passes on a `Stepped` grid."""
+        if self._idle_logged or self._stepped is not None:
+            return
+        self._idle_logged = True
+        log(
+            WARNING,
+            "No edge is left to ask after %d of %d requests: the run ends in %.0f s unless a new "
+            "edge appears",
+            self._session.num_visits,
+            self._num_rounds,
+            self._idle_since + self._timeout - now,
+        )

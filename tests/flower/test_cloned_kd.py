@@ -42,6 +42,13 @@ def test_a_run_ends_when_no_new_edge_arrives_in_time(flower_log):
     assert any("No edge left to ask" in line for line in flower_log)
 
 
+def test_a_run_without_an_edge_to_ask_says_once_that_it_waits(flower_log, monkeypatch):
+    monkeypatch.setattr("flwr_cloned_kd.asynchronous.courier.IDLE_LOG_SECONDS", 0.1)
+    run(small_core(), FakeGrid(apps(2)), rounds=5, timeout=3)
+    (line,) = [line for line in flower_log if "is left to ask" in line]
+    assert line.startswith("No edge is left to ask after 2 of 5 requests: the run ends in ")
+
+
 def test_a_late_arrival_is_waited_for():
     grid = FakeGrid(apps(2))
     grid.online = [100]
