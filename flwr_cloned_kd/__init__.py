@@ -40,6 +40,7 @@ from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
 from .flower.train_clones import train_clones
+from .method.calibration import calibrate
 from .method.consensus import Venn
 from .method.core import Core, CoreState, edge_seed, train_edge
 from .method.distillation import Distillation
@@ -118,6 +119,7 @@ __all__ = [
     "accuracy",
     "as_dataset",
     "as_ensemble",
+    "calibrate",
     "class_drop",
     "clone",
     "cloned",
