@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from ..engine.counts import check_count
 from ..io.messages import content_of, num_bytes
 from .arrivals import Arrivals
 from .clock import Stepped, clock_of
@@ -91,11 +92,10 @@ class AsyncStrategy(Strategy):
         on_round: Callable[[dict[str, Any]], None] | None = None,
         checkpoint: str | Path | None = None,
     ) -> None:
-        for name, value in (("max_in_flight", max_in_flight), ("max_failures", max_failures)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if max_staleness is not None and max_staleness < 0:
-            raise ValueError(f"max_staleness: expected at least 0, got {max_staleness}")
+        check_count("max_in_flight", max_in_flight)
+        check_count("max_failures", max_failures)
+        if max_staleness is not None:
+            check_count("max_staleness", max_staleness, minimum=0)
         if checkpoint is not None:
             self._require_state_dict()
         self.max_in_flight = max_in_flight

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..asynchronous.session import Dispatch, Received
 from ..asynchronous.staleness import StalenessWeight
 from ..asynchronous.strategy import AsyncStrategy, LoopOptions
+from ..engine.counts import check_count
 from ..engine.ensemble import StateDict, frozen_state, member, size, trained_state
 from ..engine.optimizers import optimizer_name
 from ..engine.tasks import classification
@@ -63,9 +64,8 @@ class ClonedKD(AsyncStrategy):
         **loop: Unpack[LoopOptions],
     ) -> None:
         super().__init__(**loop)
-        for name, value in (("num_clones", num_clones), ("max_together", max_together)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count("num_clones", num_clones)
+        check_count("max_together", max_together)
         check_wire_dtype(wire_dtype)
         self.core = core
         self.num_clones = num_clones

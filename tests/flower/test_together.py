@@ -142,3 +142,5 @@ def test_a_run_resumes_between_groups(tmp_path):
 def test_a_number_out_of_range_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         ClonedKD(small_core(), **{name: 0})
+    with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 1, got 2.5"):
+        ClonedKD(small_core(), **{name: 2.5})
