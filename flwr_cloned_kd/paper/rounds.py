@@ -18,6 +18,7 @@ from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
 from ..method.core import Core, CoreState, edge_seed, train_edge
+from ..method.guards import Evidence
 from ..method.variants import VARIANTS, Send, independent
 from .runs import Run, with_functions
 
@@ -239,6 +240,11 @@ def _train_edges(
     )
 
 
+def _after_training(evidence: Evidence) -> str | None:
+    """Refuse every edge, but only after the distillation, whose metrics the records hold."""
+    return None if evidence.after is None else "an oracle refuses noisy edges"
+
+
 def _distill(
     run: Run,
     core: Core,
@@ -249,7 +255,7 @@ def _distill(
 ) -> tuple[CoreState, dict[str, float]]:
     """Run Phase 2; an oracle refuses the round of a noisy edge."""
     if run.oracle and any(str(edge) in run.settings.noisy for edge in edges):
-        core = replace(core, guard=lambda history, trained: True)
+        core = replace(core, guard=_after_training)
     return core.distill(state, ensemble, sent=sent, weight=run.kd_weight)
 
 
