@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..apps.settings import Settings
 from .fig8 import noisy_edges
-from .methods import METHODS, OURS, Changes, Plan, over_seeds
+from .methods import METHODS, OURS, UNSELECTIVE, Changes, Plan, over_seeds
 from .rounds import Record
 from .skew import SPLITS
 from .statistics import Results, Summary, core_accuracy, final, spread
@@ -48,6 +48,10 @@ HONEST = "clean"
 OMITTED = "omitted"
 """The rows without a bad edge, and the rows in which an oracle refuses every bad edge."""
 
+PRESETS: dict[str, Changes] = {OURS: METHODS[OURS], "unselective": UNSELECTIVE}
+"""Name of a preset -> what differs from the base settings. `unselective` shows what an attack does
+to a core that learns from every teacher."""
+
 HONEST_SPLITS = {split: SPLITS[split] for split in ("IID", "Dirichlet 0.3", "Dirichlet 0.1")}
 
 
@@ -57,9 +61,10 @@ class Row(NamedTuple):
     Args:
         attack: one of `attacks.ATTACKS`, `HONEST` or `OMITTED`.
         guard: one of `GUARDS`.
-        strength: of the attack; None for an attack that has one strength only.
+        strength: of the attack; None for an attack without one.
         split: one of `HONEST_SPLITS`.
         num_visits: number of visits of every edge.
+        preset: one of `PRESETS`.
         main: True gives the row all seeds, False the lesser number of seeds.
     """
 
@@ -68,13 +73,20 @@ class Row(NamedTuple):
     strength: float | None = None
     split: str = "IID"
     num_visits: int = 1
+    preset: str = OURS
     main: bool = True
 
     @property
     def edges(self) -> str:
-        """What the bad edges do, with the strength and the number of visits."""
-        text = self.attack if self.strength is None else f"{self.attack}, {self.strength:g}"
-        return text if self.num_visits == 1 else f"{text}, {self.num_visits} visits"
+        """What the bad edges do, with what differs from one visit and the preset `practical`."""
+        parts = [self.attack]
+        if self.strength is not None:
+            parts.append(f"{self.strength:g}")
+        if self.num_visits > 1:
+            parts.append(f"{self.num_visits} visits")
+        if self.preset != OURS:
+            parts.append(self.preset)
+        return ", ".join(parts)
 
     @property
     def name(self) -> str:
@@ -85,20 +97,28 @@ class Row(NamedTuple):
     @property
     def reference(self) -> str:
         """The name of the row in which the bad edges are omitted."""
-        return Row(OMITTED, num_visits=self.num_visits).name
+        return Row(OMITTED, num_visits=self.num_visits, preset=self.preset).name
 
 
-def _attack_rows(strengths: dict[str, tuple[float, ...]], num_visits: int) -> list[Row]:
+def _rows(
+    strengths: dict[str, tuple[float, ...]], *, num_visits: int = 1, preset: str = OURS
+) -> list[Row]:
+    """Return the rows of some attacks, and before them their references on even data."""
     return [
-        Row(
-            attack,
-            guard,
-            strength if any(strengths[attack]) else None,
-            num_visits=num_visits,
-            main=strength == strengths[attack][0],
-        )
-        for attack in strengths
-        for strength, guard in product(strengths[attack], GUARDS)
+        *(Row(HONEST, guard, num_visits=num_visits, preset=preset) for guard in GUARDS),
+        Row(OMITTED, num_visits=num_visits, preset=preset),
+        *(
+            Row(
+                attack,
+                guard,
+                strength or None,
+                num_visits=num_visits,
+                preset=preset,
+                main=strength == strengths[attack][0],
+            )
+            for attack in strengths
+            for strength, guard in product(strengths[attack], GUARDS)
+        ),
     ]
 
 
@@ -106,17 +126,18 @@ ROWS = {
     row.name: row
     for row in (
         *(Row(HONEST, guard, split=split) for split, guard in product(HONEST_SPLITS, GUARDS)),
-        Row(OMITTED),
-        *_attack_rows(STRENGTHS, 1),
-        *(Row(HONEST, guard, num_visits=2) for guard in GUARDS),
-        Row(OMITTED, num_visits=2),
-        *_attack_rows(REVISITS, 2),
+        *_rows(STRENGTHS),
+        *_rows(REVISITS, num_visits=2),
+        *_rows(
+            {attack: strengths[:1] for attack, strengths in STRENGTHS.items()},
+            preset="unselective",
+        ),
     )
 }
 
 
 def plan(base: Settings, seeds: int, lesser: int) -> Plan:
-    """Plan bad edges in rounds 4 and 7, with the preset `practical`.
+    """Plan bad edges in rounds 4 and 7.
 
     Raises:
         ValueError: if there is only one edge.
@@ -130,7 +151,7 @@ def plan(base: Settings, seeds: int, lesser: int) -> Plan:
 
 
 def _changes(row: Row, base: Settings) -> Changes:
-    changes = {**METHODS[OURS], **GUARDS[row.guard], **HONEST_SPLITS[row.split]}
+    changes = {**PRESETS[row.preset], **GUARDS[row.guard], **HONEST_SPLITS[row.split]}
     if row.num_visits > 1:
         changes["num_rounds"] = row.num_visits * base.num_edges
     if row.attack == HONEST:
@@ -149,6 +170,7 @@ def reduce(results: Results) -> Summary:
 def _reduce_row(row: Row, results: Results) -> Summary:
     runs = results[row.name]
     summary: Summary = {
+        "attack": row.attack,
         "edges": row.edges,
         "guard": row.guard,
         "split": row.split,
