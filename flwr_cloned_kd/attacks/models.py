@@ -265,9 +265,13 @@ def _with_positive_variances(attacked: Ensemble, sent: StateDict, edge: Ensemble
     A model with a negative running variance predicts NaN, which the core refuses. A tensor without
     a negative value, in the model that was sent and in the clones, is treated as variances.
     """
+
+    def is_variance(name: str) -> bool:
+        return bool((sent[name] >= 0).all() and (edge[name] >= 0).all())
+
     return {
         name: torch.where(tensor > 0, tensor, edge[name])
-        if tensor.is_floating_point() and min(sent[name].min(), edge[name].min()) >= 0
+        if tensor.is_floating_point() and is_variance(name)
         else tensor
         for name, tensor in attacked.items()
     }

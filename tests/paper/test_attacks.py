@@ -34,6 +34,8 @@ def test_every_attack_and_every_guard_is_in_the_study():
     assert run.settings.guard == "drop"
     assert plan["slow poison, 0.3, 2 visits/none"][0].num_rounds == 18
     assert plan["omitted/none"][0].oracle
+    unselective = plan["two collude, 10, unselective/drop"][0].settings
+    assert (unselective.preset, run.settings.preset) == ("unselective", "practical")
     assert not plan["clean/jump/Dirichlet 0.1"][0].attack
     assert plan["clean/jump/Dirichlet 0.1"][0].settings.dirichlet_alpha == 0.1
 
@@ -100,6 +102,15 @@ def test_the_attacker_has_its_own_data_and_neither_guard_nor_held_out_data(tiny,
     assert core.guard is None
     assert core.held_out is None
     assert num_classes == 2
+
+
+def test_every_attack_is_compared_with_the_row_omitted_of_its_preset_and_visits():
+    plan = attacks.plan(Settings(), 1, 1)
+    for name, row in attacks.ROWS.items():
+        (run,), (reference,) = plan[name], plan[row.reference]
+        assert reference.oracle
+        assert reference.num_rounds == run.num_rounds
+        assert reference.settings.preset == run.settings.preset
 
 
 def records(*rounds):
