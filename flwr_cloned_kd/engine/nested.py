@@ -17,6 +17,8 @@ tuple.
 
 def each_tensor(function: Callable[..., Tensor], inputs: Inputs, *others: Inputs) -> Inputs:
     """Apply a function to every tensor, and to the tensors at the same place of `others`."""
+    if isinstance(inputs, Tensor):  # a walk through a tree of one takes 15 microseconds
+        return function(inputs, *others)
     result: Inputs = tree_map(function, inputs, *others)
     return result
 

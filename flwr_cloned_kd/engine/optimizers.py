@@ -9,7 +9,7 @@ from torch import Tensor, optim
 
 from .recipe import Recipe
 
-ALONE = (
+ELEMENTWISE = (
     optim.SGD,
     optim.Adam,
     optim.AdamW,
@@ -21,11 +21,13 @@ ALONE = (
     optim.Adadelta,
 )
 """Optimizers that update each number of a tensor by itself."""
-RECORDABLE = (optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop)
+CAPTURABLE = (optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop)
 """Optimizers with the option `capturable`, which a CUDA graph needs."""
 
 
-def make_optimizer(leaves: list[Tensor], recipe: Recipe, *, recorded: bool = False) -> Any:
+def make_optimizer(
+    leaves: list[Tensor], recipe: Recipe, *, recorded: bool = False
+) -> optim.Optimizer:
     """Make the optimizer of some parameters.
 
     Args:
@@ -72,12 +74,12 @@ def can_batch(recipe: Recipe) -> bool:
     The optimizer must update each number by itself, and its factory must not look at shapes. A
     function of the user might do either, so that only classes of PyTorch count as safe.
     """
-    return recipe.optimizer is None or _class_of(recipe) in ALONE
+    return recipe.optimizer is None or _class_of(recipe) in ELEMENTWISE
 
 
 def can_record(recipe: Recipe) -> bool:
     """Return whether a CUDA graph can contain a step of the optimizer."""
-    return recipe.optimizer is None or _class_of(recipe) in RECORDABLE
+    return recipe.optimizer is None or _class_of(recipe) in CAPTURABLE
 
 
 def optimizer_name(recipe: Recipe) -> str:

@@ -12,6 +12,8 @@ from ..asynchronous.session import Dispatch, Received
 from ..asynchronous.staleness import StalenessWeight
 from ..asynchronous.strategy import AsyncStrategy, LoopOptions
 from ..engine.ensemble import StateDict, frozen_state, member, size, trained_state
+from ..engine.optimizers import optimizer_name
+from ..engine.tasks import classification
 from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
@@ -186,8 +188,12 @@ class ClonedKD(AsyncStrategy):
         rules = {
             name: _name(value)
             for name, value in options.items()
-            if name in ("selection", "student_start", "optimizer") and callable(value)
+            if name in ("selection", "student_start") and callable(value)
         }
+        if distillation.recipe.optimizer is not None:
+            rules["optimizer"] = optimizer_name(distillation.recipe)
+        if self.core.task != classification:
+            rules["task"] = type(self.core.task).__name__
         return {
             "num_clones": self.num_clones,
             "seed": self.core.seed,

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn, optim
 
-from flwr_cloned_kd import ClonedKD, CropAndFlip, Recipe, Runtime, clone, fit, member, train_edge
+from flwr_cloned_kd import (
+    ClonedKD,
+    CropAndFlip,
+    Recipe,
+    Regression,
+    Runtime,
+    clone,
+    fit,
+    member,
+    train_edge,
+)
 from flwr_cloned_kd.engine import fit as engine
 from flwr_cloned_kd.engine.optimizers import make_optimizer
 from flwr_cloned_kd.engine.progress import log_once
@@ -309,8 +319,14 @@ def test_the_settings_of_a_default_recipe_are_those_of_older_checkpoints():
     assert not {"steps", "optimizer", "max_grad_norm", "task"} & settings.keys()
 
 
+def test_the_settings_name_another_task():
+    task = Regression(tolerance=1)
+    core = make_core((DATA[0], DATA[1].float()[:, None].repeat(1, 3)), SGD, task=task)
+    assert ClonedKD(core).settings()["task"] == "Regression"
+
+
 def test_the_settings_name_another_optimizer():
-    recipe = Recipe(steps=9, optimizer=optim.AdamW, max_grad_norm=1.0)
+    recipe = Recipe(steps=9, optimizer=CALM, max_grad_norm=1.0)
     settings = ClonedKD(make_core(DATA, recipe)).settings()
     assert settings["optimizer"] == "AdamW"
     assert settings["steps"] == 9

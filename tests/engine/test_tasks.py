@@ -41,7 +41,8 @@ def gradient(loss, outputs):
 
 def kd_gradient(task, student, teachers, weights, labels, temperature, student_temperature=None):
     """Return the gradient of the KD term alone: that of the whole loss less that of the labels."""
-    target = soft_target(teachers, weights, temperature, task)
+    scale = torch.tensor(weights, dtype=teachers.dtype)
+    target = soft_target(teachers, scale, temperature, task)
     loss = distillation(temperature, student_temperature, task)
     batch = batch_of(labels)._replace(targets=target)
     whole = gradient(lambda outputs: loss(outputs, batch), student)
@@ -222,11 +223,9 @@ def test_classification_has_the_bits_of_the_formulas_of_the_paper():
         torch.randn(4, 7, 3, generator=generator),
     )
     labels = torch.arange(7) % 3
-    weights = [0.25, 0.5, 0.125, 0.7]
+    weights = torch.tensor([0.25, 0.5, 0.125, 0.7])
     target = soft_target(teachers, weights, 3.0)
-    assert torch.equal(
-        target, torch.einsum("k,kbc->bc", torch.tensor(weights), (teachers / 3.0).softmax(-1))
-    )
+    assert torch.equal(target, torch.einsum("k,kbc->bc", weights, (teachers / 3.0).softmax(-1)))
 
     def as_printed(outputs):
         soft = -(target * (outputs / 3.0).log_softmax(-1)).sum(-1).mean()

@@ -654,7 +654,10 @@ def ensemble_from(app, model):
 
 
 def test_a_textbook_loop_with_the_mod_gives_the_bits_of_an_edge_client():
-    """The engine trains clone e with one generator, seeded with the seed that run e gets."""
+    """The engine trains clone e with one generator, seeded with the seed that run e gets.
+
+    The model has no convolution: the engine runs convolutions in another memory layout.
+    """
     runtime = Runtime(batch_clones=False)
     engine = edge_app(lambda context: EdgeClient(mlp(), DATA, RECIPE, runtime=runtime))
     ensemble = ensemble_from(app_of(textbook, train_clones()), mlp())

@@ -308,8 +308,8 @@ def test_cloned_kd_resumes_with_the_core_and_its_memory(written):
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(written):
     core = victim.make().core
-    bigger = replace(core, model=nn.Linear(5, 3))
-    with pytest.raises(ValueError, match=r"core\.ckpt: core: weight: expected shape \(3, 5\)"):
+    bigger = replace(core, model=nn.Linear(4, 5))
+    with pytest.raises(ValueError, match=r"core\.ckpt: core: weight: expected shape \(5, 4\)"):
         start_from(written, ClonedKD(bigger, num_clones=2, checkpoint=written))
     with pytest.raises(ValueError, match=r"core\.ckpt: num_clones: expected 3, got 2"):
         start_from(written, ClonedKD(core, num_clones=3, checkpoint=written))

@@ -1,0 +1,1 @@
+"""Cloned knowledge distillation of a head on a frozen backbone."""
