@@ -248,15 +248,16 @@ def score_table(score: str, form: str) -> Table:
     """Make a table of one score: a line for each attack, a column for each guard.
 
     Args:
-        score: a spread in the summary of a row.
-        form: Python's format of the mean.
+        score: an entry in the summary of a row, a number or a spread.
+        form: Python's format of the number or of the mean.
     """
 
     def show(result: Summary) -> tuple[list[str], list[list[str]]]:
-        rows, guards = _grid(result, score)
+        rows = [row for row in result.values() if row["attack"] not in (HONEST, OMITTED)]
+        guards = _guards(rows)
         cells = [
-            [edges, *(format(value, form) if value is not None else NONE for value in values)]
-            for edges, values in rows.items()
+            [edges, *(NONE if value is None else format(value, form) for value in line)]
+            for edges, line in _grid(rows, guards, "edges", score).items()
         ]
         return ["bad edges", *(f"guard: {guard}" for guard in guards)], cells
 
@@ -265,32 +266,37 @@ def score_table(score: str, form: str) -> Table:
 
 def false_alarm_table(result: Summary) -> tuple[list[str], list[list[str]]]:
     """Show the share of honest edges that each guard refuses, without a bad edge."""
-    rows = [row for row in result.values() if row["edges"] == HONEST]
-    splits = list(dict.fromkeys(row["split"] for row in rows))
-    shares = {(row["guard"], row["split"]): row["honest refused"] for row in rows}
-    guards = [guard for guard in dict.fromkeys(row["guard"] for row in rows) if guard != "none"]
+    rows = _honest(result)
+    guards = [guard for guard in _guards(rows) if guard != "none"]
     lines = [
-        [
-            guard,
-            *(
-                spread_cell(shares[guard, split]) if (guard, split) in shares else NONE
-                for split in splits
-            ),
-        ]
-        for guard in guards
+        [split, *(NONE if value is None else f"{value:.2f}" for value in line)]
+        for split, line in _grid(rows, guards, "split", "honest refused").items()
     ]
-    return ["guard", *splits], lines
+    return ["split", *(f"guard: {guard}" for guard in guards)], lines
 
 
-def _grid(result: Summary, score: str) -> tuple[dict[str, list[float | None]], list[str]]:
-    """Arrange the means of one score by attack and guard; None where there is no such row."""
-    rows = [row for row in result.values() if score in row and row["split"] == "IID"]
-    guards = [guard for guard in GUARDS if any(row["guard"] == guard for row in rows)]
-    means = {(row["edges"], row["guard"]): row[score]["mean"] for row in rows}
+def _honest(result: Summary) -> list[Summary]:
+    """Return the rows of honest edges, one visit each, with the preset `practical`."""
+    return [row for row in result.values() if row["edges"] == HONEST]
+
+
+def _guards(rows: list[Summary]) -> list[str]:
+    return [guard for guard in GUARDS if any(row["guard"] == guard for row in rows)]
+
+
+def _grid(
+    rows: list[Summary], guards: list[str], line: str, score: str
+) -> dict[str, list[float | None]]:
+    """Arrange one score by the entry `line` of the rows and by guard; None where there is none."""
+    values = {(row[line], row["guard"]): _number(row.get(score)) for row in rows}
     return {
-        edges: [means.get((edges, guard)) for guard in guards]
-        for edges in dict.fromkeys(row["edges"] for row in rows)
-    }, guards
+        name: [values.get((name, guard)) for guard in guards]
+        for name in dict.fromkeys(row[line] for row in rows)
+    }
+
+
+def _number(value: Summary | float | None) -> float | None:
+    return value["mean"] if isinstance(value, dict) else value
 
 
 TABLES: dict[str, Table] = {
@@ -298,43 +304,54 @@ TABLES: dict[str, Table] = {
     "final": score_table("minus omitted", "+.3f"),
     "right after": score_table("right after", ".3f"),
     "recall": score_table("bad refused", ".2f"),
+    "precision": score_table("precision", ".2f"),
     "backdoor": score_table("backdoor", ".2f"),
     "false alarms": false_alarm_table,
 }
 
 PANELS = {
-    "minus omitted": ("last core, minus the row omitted", "RdBu", (-0.1, 0.1), "+.3f"),
-    "right after": ("core right after a bad edge", "viridis", (0.0, 1.0), ".2f"),
+    "minus omitted": ("last core, minus omitted", "RdBu", (-0.1, 0.1), "+.3f"),
+    "right after": ("core right after", "viridis", (0.0, 1.0), ".2f"),
+    "backdoor": ("triggered, class 0", "viridis_r", (0.0, 1.0), ".2f"),
     "bad refused": ("bad edges refused", "viridis", (0.0, 1.0), ".2f"),
+    "precision": ("refused that are bad", "viridis", (0.0, 1.0), ".2f"),
     "honest refused": ("honest edges refused", "viridis_r", (0.0, 1.0), ".2f"),
 }
 """Score -> the title of its panel, its colours, the values at their ends, and Python's format."""
 
 
 def draw(result: Summary) -> Figure:
-    """Draw a heatmap of every score: a line for each attack, a column for each guard."""
-    num_lines = len({row["edges"] for row in result.values()})
-    figure = blank_figure(1.6 + 0.3 * num_lines, 14.0)
-    for axes, score in zip(figure.subplots(1, len(PANELS)), PANELS):
-        _draw_panel(axes, result, score)
+    """Draw a heatmap of every score: a line for each attack, a column for each guard.
+
+    The last panel is about runs without a bad edge and has a line for each split.
+    """
+    bad = [row for row in result.values() if row["attack"] not in (HONEST, OMITTED)]
+    num_lines = len({row["edges"] for row in bad})
+    figure = blank_figure(max(3.0, 1.6 + 0.28 * num_lines), 15.0)
+    panels = figure.subplots(1, len(PANELS))
+    for axes, score in zip(panels[:-1], PANELS):
+        _draw_panel(axes, bad, "edges", score)
+        axes.tick_params(labelleft=axes is panels[0])
+    _draw_panel(panels[-1], _honest(result), "split", "honest refused")
     return figure
 
 
-def _draw_panel(axes: Axes, result: Summary, score: str) -> None:
+def _draw_panel(axes: Axes, rows: list[Summary], line: str, score: str) -> None:
     title, colours, (lowest, highest), form = PANELS[score]
-    rows, guards = _grid(result, score)
+    guards = _guards(rows)
+    grid = _grid(rows, guards, line, score)
     axes.set_title(title, fontsize=9)
-    if not rows:
+    if not grid:
         axes.set_axis_off()
         return
-    grid = [[float("nan") if value is None else value for value in line] for line in rows.values()]
-    axes.imshow(grid, cmap=colours, vmin=lowest, vmax=highest, aspect="auto")
-    for y, line in enumerate(rows.values()):
-        for x, value in enumerate(line):
+    numbers = [[float("nan") if value is None else value for value in row] for row in grid.values()]
+    axes.imshow(numbers, cmap=colours, vmin=lowest, vmax=highest, aspect="auto")
+    for y, row in enumerate(grid.values()):
+        for x, value in enumerate(row):
             if value is not None:
                 box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
                 text = format(value, form)
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=box)
     axes.set_xticks(range(len(guards)), guards, fontsize=8)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    axes.set_yticks(range(len(grid)), list(grid), fontsize=7)
     axes.set_xlabel("guard")

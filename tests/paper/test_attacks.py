@@ -152,9 +152,11 @@ def test_tables_have_a_column_for_each_guard():
     assert markdown(attacks.TABLES["final"], summary).splitlines()[2:] == [
         "| noise, 10 | -0.100 | -0.050 |"
     ]
-    assert markdown(attacks.TABLES["false alarms"], summary).splitlines()[2:] == [
-        "| drop | 0.250 |"
+    assert markdown(attacks.TABLES["precision"], summary).splitlines()[2:] == [
+        "| noise, 10 | - | 0.50 |"
     ]
+    alarms = markdown(attacks.TABLES["false alarms"], summary)
+    assert alarms.splitlines() == ["| split | guard: drop |", "| --- | --- |", "| IID | 0.25 |"]
     line = markdown(attacks.TABLES["all"], summary, ["noise, 10"]).splitlines()[3]
     assert line == "| noise, 10 | drop | 0.750 | -0.050 | 0.50 | 0.50 | 0.50 | 0.50 | 0.25 | 1 |"
 
