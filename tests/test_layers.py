@@ -11,7 +11,7 @@ FLOORS = [
     ("data", "method", "io"),
     ("asynchronous",),
     ("flower", "baselines", "virtual"),
-    ("apps",),
+    ("apps", "attacks"),
     ("paper",),
 ]
 WITHOUT_FLOWER = {"engine", "data", "method"}

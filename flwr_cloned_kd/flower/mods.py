@@ -76,7 +76,7 @@ class ClipClones:
             clipped, share = clip(sent, edge, norm)
             return clipped, {"clipped": share}
 
-        return _changed(message, call_next(message, context), change, "ClipClones")
+        return change_reply(message, call_next(message, context), change, "ClipClones")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class LocalDpClones:
                     clipped[name] = (tensor + noise).to(tensor.dtype)
             return clipped, {}
 
-        return _changed(message, call_next(message, context), change, "LocalDpClones")
+        return change_reply(message, call_next(message, context), change, "LocalDpClones")
 
 
 def clip(sent: StateDict, edge: Ensemble, norm: float) -> tuple[Ensemble, float]:
@@ -239,7 +239,7 @@ def _only_one_model(name: str, message: Message, reply: Message) -> Message:
     )
 
 
-def _changed(
+def change_reply(
     message: Message,
     reply: Message,
     change: Callable[[StateDict, Ensemble], tuple[Ensemble, dict[str, float]]],

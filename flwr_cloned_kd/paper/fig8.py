@@ -65,6 +65,11 @@ def roc_name(method: str, guard: str) -> str:
     return f"{method}/roc/{guard}"
 
 
+def noisy_edges(base: Settings) -> list[int]:
+    """Return the edges, from 0, of `NOISY_ROUNDS`; with few edges, the last one."""
+    return [r - 1 for r in NOISY_ROUNDS if r <= base.num_edges] or [base.num_edges - 1]
+
+
 def plan(base: Settings, seeds: int, lesser: int) -> Plan:
     """Plan noisy edges in rounds 4 and 7: accepted, omitted, or left to a guard.
 
@@ -73,7 +78,7 @@ def plan(base: Settings, seeds: int, lesser: int) -> Plan:
     """
     if base.num_edges < 2:
         raise ValueError("--num-edges: expected at least 2, an honest and a noisy one, got 1")
-    noisy = [r - 1 for r in NOISY_ROUNDS if r <= base.num_edges] or [base.num_edges - 1]
+    noisy = noisy_edges(base)
     runs: Plan = {}
     for name, row in ROWS.items():
         changes = METHODS[row.method]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..apps.settings import Settings
-from . import controls, fig4, fig5, fig6, fig7, fig8, fig9, skew
+from . import attacks, controls, fig4, fig5, fig6, fig7, fig8, fig9, skew
 from .methods import Plan
 from .statistics import Results, Summary
 from .style import DOTS_PER_INCH
@@ -95,6 +95,13 @@ FIGURES = {
         reduce=skew.reduce,
         tables=skew.TABLES,
         draw=skew.draw,
+    ),
+    "attacks": Figure(
+        title="Bad edges and guards",
+        plan=attacks.plan,
+        reduce=attacks.reduce,
+        tables=attacks.TABLES,
+        draw=attacks.draw,
     ),
 }
 

@@ -1,7 +1,7 @@
 """The rounds of a run, played with the plain loop, without Flower."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..apps.build import build_core, edge_recipe, load, split
 from ..apps.machine import hardware
+from ..attacks.data import Backdoor
+from ..attacks.models import Visit, attack_model
+from ..attacks.suite import ATTACKS, Attack
 from ..baselines.averaging import mix as mix_models
 from ..data.datasets import take
 from ..engine.ensemble import Ensemble, StateDict, clone, size
@@ -37,22 +40,28 @@ class RunState:
             run may be late.
         right: `[N]`, whether the first edge's ensemble classifies each held-out sample correctly;
             empty before the first round.
+        visits: bad edge -> its latest visit.
     """
 
     server_round: int
     core: CoreState
     past: tuple[StateDict, ...]
     right: Tensor
+    visits: dict[int, Visit] = field(default_factory=dict)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return this state as named tensors and a header that JSON can hold."""
         tensors, header = self.core.state_dict()
         for index, params in enumerate(self.past):
             tensors |= {f"past-{index}/{name}": tensor for name, tensor in params.items()}
+        for edge, visit in self.visits.items():
+            tensors |= {f"sent-{edge}/{name}": tensor for name, tensor in visit.sent.items()}
+            tensors |= {f"edge-{edge}/{name}": tensor for name, tensor in visit.edge.items()}
         return tensors | {"right": self.right}, {
             **header,
             "server_round": self.server_round,
             "past": len(self.past),
+            "visits": {str(edge): visit.number for edge, visit in self.visits.items()},
         }
 
     @classmethod
@@ -69,6 +78,14 @@ class RunState:
             core=CoreState.from_state_dict(tensors, header, like=model),
             past=tuple(_with_prefix(f"past-{index}/", tensors) for index in past),
             right=tensors["right"],
+            visits={
+                int(edge): Visit(
+                    number,
+                    _with_prefix(f"sent-{edge}/", tensors),
+                    _with_prefix(f"edge-{edge}/", tensors),
+                )
+                for edge, number in header.get("visits", {}).items()
+            },
         )
 
 
@@ -107,6 +124,7 @@ class _Trained(NamedTuple):
         dataset: the images of all edges.
         bytes_down: what all edges were sent.
         bytes_up: what all edges sent.
+        visits: bad edge -> its latest visit.
     """
 
     ensemble: Ensemble
@@ -114,6 +132,7 @@ class _Trained(NamedTuple):
     dataset: Dataset
     bytes_down: int
     bytes_up: int
+    visits: dict[int, Visit]
 
 
 def play(run: Run, state: RunState | None = None) -> Iterator[tuple[Record, RunState]]:
@@ -177,7 +196,7 @@ def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunS
     origin = setup.send(replace(before.core, params=before.past[-1 - late]))
     # Only what private edges get and return travels.
     sent = received(origin, run.wire_dtype) if run.edge_data == "private" else origin
-    trained = _train_edges(run, setup, sent, edges, server_round)
+    trained = _train_edges(run, setup, sent, edges, server_round, before.visits)
     if run.combine == "average":
         state, metrics = _average(run, setup, before.core, trained)
     else:
@@ -190,21 +209,28 @@ def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunS
         "tried-accuracy": metrics["core-accuracy"],
         **scores,
         **_cost(run, setup.core, trained),
+        **_attack_scores(run, setup, state.params, edges),
     }
     latest = max((late for _, late in run.order), default=0)
     past = (*before.past, state.params)[-1 - latest :]
-    return record, RunState(server_round, state, past, right)
+    return record, RunState(server_round, state, past, right, trained.visits)
 
 
 def _train_edges(
-    run: Run, setup: _Setup, sent: StateDict, edges: list[int], server_round: int
+    run: Run,
+    setup: _Setup,
+    sent: StateDict,
+    edges: list[int],
+    server_round: int,
+    visits: dict[int, Visit],
 ) -> _Trained:
-    """Run Phase 1 on each edge of a round."""
+    """Run Phase 1 on each edge of a round; a bad edge attacks."""
     core = setup.core
     if run.edge_data == "core":
         datasets = [core.dataset] * len(edges)
     else:
         datasets = [take(setup.train, setup.parts[1 + edge]) for edge in edges]
+    visits = dict(visits)
     ensembles = []
     bytes_down = 0
     bytes_up = 0
@@ -217,6 +243,10 @@ def _train_edges(
             seed = edge_seed(core.seed, server_round)
         else:
             seed = fold_in(fold_in(run.settings.seed, "edge", edge), server_round)
+        attack = _attack(run, setup, edge, dataset)
+        attack_seed = fold_in(run.settings.seed, "bad edge", edge)
+        if attack.data is not None:
+            dataset = attack.data(dataset, torch.Generator().manual_seed(attack_seed))
         ensemble = train_edge(
             core.model,
             sent,
@@ -226,6 +256,10 @@ def _train_edges(
             seed=seed,
             runtime=core.runtime,
         )
+        if attack.model is not None:
+            ensemble, visits[edge] = attack_model(
+                attack.model, sent, ensemble, last=visits.get(edge), seed=attack_seed
+            )
         if run.edge_data == "private":
             ensemble, num_bytes = transfer(ensemble, sent, run.wire_dtype)
             bytes_down += sum(t.nbytes for t in encode_request(sent, run.wire_dtype).values())
@@ -237,12 +271,21 @@ def _train_edges(
         (torch.cat([x for x, _ in datasets]), torch.cat([y for _, y in datasets])),
         bytes_down,
         bytes_up,
+        visits,
     )
+
+
+def _attack(run: Run, setup: _Setup, edge: int, dataset: Dataset) -> Attack:
+    """Return what an edge does; the attacker's copy of the core has the data of the edge."""
+    if edge not in run.bad_edges:
+        return Attack()
+    copy = replace(setup.core, dataset=dataset, held_out=None, guard=None)
+    return ATTACKS[run.attack](run.strength, copy, int(setup.train[1].max()) + 1)
 
 
 def _after_training(evidence: Evidence) -> str | None:
     """Refuse every edge, but only after the distillation, whose metrics the records hold."""
-    return None if evidence.after is None else "an oracle refuses noisy edges"
+    return None if evidence.after is None else "an oracle refuses bad edges"
 
 
 def _distill(
@@ -253,8 +296,9 @@ def _distill(
     sent: StateDict,
     edges: list[int],
 ) -> tuple[CoreState, dict[str, float]]:
-    """Run Phase 2; an oracle refuses the round of a noisy edge."""
-    if run.oracle and any(str(edge) in run.settings.noisy for edge in edges):
+    """Run Phase 2; an oracle refuses the round of a noisy or bad edge."""
+    bad = {*run.settings.noisy, *map(str, run.bad_edges)}
+    if run.oracle and any(str(edge) in bad for edge in edges):
         core = replace(core, guard=_after_training)
     return core.distill(state, ensemble, sent=sent, weight=run.kd_weight)
 
@@ -334,6 +378,24 @@ def _measure(
         "own-edge": float(own[2:].mean()),
         "own-after": float(own[1]),
     }, first_teacher
+
+
+def _attack_scores(
+    run: Run, setup: _Setup, params: StateDict, edges: list[int]
+) -> dict[str, float]:
+    """Return what the records of a run with an attack have besides those of other runs.
+
+    These are "bad", 1 for a round of a bad edge and else 0, and "backdoor", the share of triggered
+    held-out images that the core puts into the class of the attacker.
+    """
+    if not run.attack:
+        return {}
+    images, labels = Backdoor().test_set(setup.held_out)
+    logits = predict(setup.core.model, clone(params, 1), images, runtime=setup.core.runtime)
+    return {
+        "bad": float(any(edge in run.bad_edges for edge in edges)),
+        "backdoor": float(accuracy(logits[0], labels)),
+    }
 
 
 def _cost(run: Run, core: Core, trained: _Trained) -> dict[str, int]:

@@ -5,9 +5,14 @@ from typing import Any
 
 from ..apps.build import phase_2
 from ..apps.settings import Settings, affects_result
+from ..attacks.suite import ATTACKS
 from ..io.wire import check_wire_dtype
 from ..method.presets import SELECTIONS, START_RULES
 from ..method.variants import VARIANTS
+
+NEWER = ("wire_dtype", "attack", "strength", "bad_edges")
+"""Options of `Run` that records from before do not have. Their defaults are left out of the key of
+a run, so that these records keep their keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +35,12 @@ class Run:
         proximal_mu: FedProx's mu in Phase 1 (Li et al. 2020); 0 is no proximal term.
         core_share: the share of its part of the data that the core has, in (0, 1].
         central: the core has all the training data.
-        oracle: refuse every round of a noisy edge; the round is played and recorded all the same.
+        oracle: refuse every round of a noisy or bad edge; the round is played and recorded all the
+            same.
         wire_dtype: the form in which the core and the clones of private data travel, see `io.wire`.
+        attack: what bad edges do, one of `attacks.ATTACKS`; "" is no attack.
+        strength: of the attack.
+        bad_edges: the edges, from 0, that attack at every visit.
     """
 
     settings: Settings
@@ -47,9 +56,19 @@ class Run:
     central: bool = False
     oracle: bool = False
     wire_dtype: str = "float32"
+    attack: str = ""
+    strength: float = 0.0
+    bad_edges: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
+        if self.attack not in ("", *ATTACKS):
+            raise ValueError(f"attack: expected one of {', '.join(ATTACKS)}, got {self.attack!r}")
+        if bool(self.attack) != bool(self.bad_edges):
+            raise ValueError(
+                f"bad_edges: expected at least one with an attack and none without, "
+                f"got {self.bad_edges} with attack {self.attack!r}"
+            )
 
     @property
     def num_rounds(self) -> int:
@@ -81,8 +100,9 @@ def describe(run: Run) -> dict[str, Any]:
     for name in ("preset", "distill_augment"):
         del settings[name]
     description = {option.name: getattr(run, option.name) for option in fields(run)}
-    if run.wire_dtype == "float32":
-        del description["wire_dtype"]  # Records from before this option keep their keys.
+    for option in fields(run):
+        if option.name in NEWER and description[option.name] == option.default:
+            del description[option.name]
     return description | {
         "settings": settings,
         "order": [list(visit) for visit in run.order],

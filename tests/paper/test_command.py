@@ -18,6 +18,7 @@ from flwr_cloned_kd.paper.__main__ import base_settings, main, parser
         (["fig5", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["fig5", "--core-epochs", "-1"], "--core-epochs: expected at least 1, got -1"),
         (["fig8", "--num-edges", "1"], "--num-edges: expected at least 2, an honest and a noisy"),
+        (["attacks", "--num-edges", "1"], "--num-edges: expected at least 2, an honest and a bad"),
         (["fig5", "--dataset", "npz"], "--data-path: expected the place of the npz data, got ''"),
         (["fig5", "--model", "resnet-9"], "--model: expected digits-cnn or resnet-DEPTH"),
         (["fig5", "--epochs", "x"], "argument --epochs: invalid int value: 'x'"),

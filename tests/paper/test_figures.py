@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flwr_cloned_kd.apps.settings import Settings
-from flwr_cloned_kd.paper import controls, fig4, fig7, fig8, skew
+from flwr_cloned_kd.paper import attacks, controls, fig4, fig7, fig8, skew
 from flwr_cloned_kd.paper.__main__ import main
 from flwr_cloned_kd.paper.controls import CONTROLS
 from flwr_cloned_kd.paper.fig8 import guard_scores, roc
@@ -157,6 +157,15 @@ SOME_CONTROLS = {
     "memory 1, KD weight x 3",
     "CPP paper, alpha 1.0",
 }
+SOME_ATTACKS = (
+    "clean/drop",
+    "clean/none/Dirichlet 0.1",
+    "omitted/none",
+    "backdoor, 1/drop",
+    "adaptive, 0.1/none",
+    "omitted, 2 visits/none",
+    "slow poison, 0.3, 2 visits/none",
+)
 SOME_METHODS = ("ours", "keep the clone", "FedAvg, 1 round", "ours, every sample")
 
 
@@ -165,6 +174,7 @@ def test_every_figure_comes_out(command, tmp_path, monkeypatch):
     assert len(some) == len(SOME_CONTROLS)
     monkeypatch.setattr(controls, "CONTROLS", some)
     monkeypatch.setattr(skew, "ROWS", {name: skew.ROWS[name] for name in SOME_METHODS})
+    monkeypatch.setattr(attacks, "ROWS", {name: attacks.ROWS[name] for name in SOME_ATTACKS})
     assert main(command("all", tmp_path)) == 0
     for name in FIGURES:
         data = json.loads((tmp_path / f"{name}.json").read_text())
@@ -181,6 +191,8 @@ def table_rows(name, result):
         return {row.split()[0] for row in result}
     if name == "skew":
         return {row["method"] for row in result.values()}
+    if name == "attacks":
+        return [row for row in result.values() if row["split"] == "IID"]
     return [row for row in result if "/roc/" not in row]
 
 

@@ -1,15 +1,18 @@
 """Records on disk: a run that was killed is resumed, and a finished run is not played again."""
 
+import hashlib
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flwr_cloned_kd.io.checkpoint import newest, previous, write
 from flwr_cloned_kd.paper import store
-from flwr_cloned_kd.paper.runs import Run, describe
+from flwr_cloned_kd.paper.runs import NEWER, Run, describe
 from flwr_cloned_kd.paper.store import key, records, stored
 
 
@@ -27,11 +30,16 @@ def kill_after(rounds):
     return on_round
 
 
-# A memory, a second model, a late edge and a refused edge: what a resumed run needs from the disk.
+# A resumed run needs from the disk: a memory, a second model, a late edge, a refused edge, and what
+# a bad edge remembers of its first visit.
 HARD_RUNS = {
     "memory": ({"variant": "IPM"}, {}),
     "late": ({}, {"order": ((0, 0), (1, 1), (2, 2))}),
     "refused": ({"noisy_edges": "1"}, {"oracle": True}),
+    "replay": (
+        {"num_rounds": 3},
+        {"order": ((0, 0), (1, 0), (0, 0)), "attack": "first answer again", "bad_edges": (0,)},
+    ),
 }
 
 
@@ -184,7 +192,34 @@ def test_the_hash_is_of_what_determines_a_run(tiny):
     assert len({key(run), *map(key, others)}) == 8
 
 
-def test_the_default_form_of_the_wire_leaves_the_keys_of_all_records(tiny):
+def test_options_that_records_from_before_lack_leave_their_keys(tiny):
     run = Run(settings=tiny)
-    assert "wire_dtype" not in describe(run)
+    assert not {*NEWER} & describe(run).keys()
     assert describe(replace(run, wire_dtype="int8")) == describe(run) | {"wire_dtype": "int8"}
+    attack = {"attack": "noise", "strength": 3.0, "bad_edges": (1,)}
+    assert describe(replace(run, **attack)) == describe(run) | attack
+
+
+def test_the_committed_records_have_the_keys_of_runs_today(tiny):
+    paths = [*(Path(__file__).parents[2] / "docs" / "results").glob("*/runs/*.jsonl")]
+    assert paths
+    today = describe(Run(settings=tiny))
+    for path in paths:
+        header = path.read_text().splitlines()[0]
+        assert hashlib.sha256(header.encode()).hexdigest() == path.stem
+        run = json.loads(header)["run"]
+        assert run.keys() == today.keys()
+        assert run["settings"].keys() == today["settings"].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"attack": "nose", "bad_edges": (1,)}, "attack: expected one of labels shuffled, "),
+        ({"attack": "noise"}, "bad_edges: expected at least one with an attack"),
+        ({"bad_edges": (1,)}, "bad_edges: expected at least one with an attack and none without"),
+    ],
+)
+def test_a_run_with_half_an_attack_is_refused(tiny, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        Run(settings=tiny, **options)
