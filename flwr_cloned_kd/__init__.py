@@ -40,10 +40,22 @@ from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
 from .flower.train_clones import train_clones
+from .method.calibration import calibrate
 from .method.consensus import Venn
 from .method.core import Core, CoreState, edge_seed, train_edge
 from .method.distillation import Distillation
-from .method.guards import TrainAccuracyDrop, TrainAccuracyJump
+from .method.guards import (
+    AllOf,
+    AnyOf,
+    Evidence,
+    Limit,
+    TrainAccuracyDrop,
+    TrainAccuracyJump,
+    class_drop,
+    ensemble_gap,
+    movement,
+    validation_drop,
+)
 from .method.knowledge import (
     Knowledge,
     correct,
@@ -62,6 +74,8 @@ __all__ = [
     "PRESETS",
     "VARIANTS",
     "AccuracyReached",
+    "AllOf",
+    "AnyOf",
     "AsyncStrategy",
     "Classification",
     "ClipClones",
@@ -77,12 +91,14 @@ __all__ = [
     "EdgeClient",
     "Ensemble",
     "Event",
+    "Evidence",
     "Exponential",
     "FedAsync",
     "FedBuff",
     "HingeStaleness",
     "Knowledge",
     "LegacyClonedKD",
+    "Limit",
     "LocalDpClones",
     "LogNormal",
     "Plateau",
@@ -103,6 +119,8 @@ __all__ = [
     "accuracy",
     "as_dataset",
     "as_ensemble",
+    "calibrate",
+    "class_drop",
     "clone",
     "cloned",
     "correct",
@@ -113,6 +131,7 @@ __all__ = [
     "draw_timeline",
     "edge_app",
     "edge_seed",
+    "ensemble_gap",
     "ensemble_share",
     "fit",
     "fold_in",
@@ -124,6 +143,7 @@ __all__ = [
     "load_huggingface",
     "load_npz",
     "member",
+    "movement",
     "partition",
     "partition_with",
     "practical",
@@ -138,4 +158,5 @@ __all__ = [
     "train_edge",
     "trained_state",
     "unselective",
+    "validation_drop",
 ]

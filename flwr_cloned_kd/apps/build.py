@@ -34,7 +34,7 @@ from ..engine.recipe import AccuracyReached, Plateau, Recipe, fold_in
 from ..engine.runtime import Runtime, plan
 from ..method.core import Core
 from ..method.distillation import Distillation
-from ..method.guards import Refuses
+from ..method.guards import Guard
 from ..method.presets import PRESETS
 from ..method.variants import VARIANTS
 from .settings import AUGMENTATIONS, CHOICES, GUARDS, Settings, model_depth
@@ -147,7 +147,7 @@ def phase_2(settings: Settings) -> Distillation:
     )
 
 
-def guard(settings: Settings) -> Refuses | None:
+def guard(settings: Settings) -> Guard | None:
     """Make the guard of a run, if it has one."""
     kind = GUARDS[settings.guard]
     return kind(settings.guard_threshold) if kind is not None else None

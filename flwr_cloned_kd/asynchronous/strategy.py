@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from ..engine.counts import check_count
 from ..io.messages import content_of, num_bytes
 from .arrivals import Arrivals
 from .clock import Stepped, clock_of
@@ -91,11 +92,10 @@ class AsyncStrategy(Strategy):
         on_round: Callable[[dict[str, Any]], None] | None = None,
         checkpoint: str | Path | None = None,
     ) -> None:
-        for name, value in (("max_in_flight", max_in_flight), ("max_failures", max_failures)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if max_staleness is not None and max_staleness < 0:
-            raise ValueError(f"max_staleness: expected at least 0, got {max_staleness}")
+        check_count("max_in_flight", max_in_flight)
+        check_count("max_failures", max_failures)
+        if max_staleness is not None:
+            check_count("max_staleness", max_staleness, minimum=0)
         if checkpoint is not None:
             self._require_state_dict()
         self.max_in_flight = max_in_flight
@@ -128,8 +128,10 @@ class AsyncStrategy(Strategy):
         """Return what to send to the next edge, and what to keep of it as `Dispatch.sent`."""
 
     @abstractmethod
-    def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, float]:
+    def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, Any]:
         """Learn from one answer and return metrics; raise ValueError to refuse it.
+
+        Metrics with "accepted" 0.0 refuse it too; they may say why, as the text "cause".
 
         Args:
             dispatch: the request.
@@ -137,7 +139,7 @@ class AsyncStrategy(Strategy):
             staleness: versions that were made while the edge was away, 0 for a fresh answer.
         """
 
-    def absorb_all(self, answers: Sequence[Received]) -> list[dict[str, float] | ValueError]:
+    def absorb_all(self, answers: Sequence[Received]) -> list[dict[str, Any] | ValueError]:
         """Learn from answers that wait at the same time; by default from one after the other.
 
         Args:
@@ -146,7 +148,7 @@ class AsyncStrategy(Strategy):
         Returns:
             For each answer its metrics, or the reason to refuse it.
         """
-        outcomes: list[dict[str, float] | ValueError] = []
+        outcomes: list[dict[str, Any] | ValueError] = []
         for answer in answers:
             try:
                 outcomes.append(self.absorb(*answer))
@@ -309,11 +311,11 @@ class AsyncStrategy(Strategy):
         records = []
         for place, (answer, outcome) in enumerate(zip(answers, outcomes)):
             dispatch = answer.dispatch
-            metrics: dict[str, float] = {"accepted": 0.0}
+            metrics: dict[str, Any] = {"accepted": 0.0}
             cause = str(outcome)
             if not isinstance(outcome, ValueError):
                 metrics |= {"accepted": 1.0} | outcome
-                cause = ""
+                cause = metrics.pop("cause", "")
             kind = "absorb" if metrics["accepted"] else "refuse"
             self._record(ended, kind, dispatch.edge, dispatch.number)
             server_round = first_round + place
@@ -335,7 +337,7 @@ class AsyncStrategy(Strategy):
 
     def _outcomes(
         self, answers: Sequence[Answer], courier: Courier | None
-    ) -> list[dict[str, float] | ValueError]:
+    ) -> list[dict[str, Any] | ValueError]:
         """Return for each answer its metrics, or the reason to refuse it."""
         checked = [self._check(answer) for answer in answers]
         received = [answer for answer in checked if isinstance(answer, Received)]

@@ -72,6 +72,6 @@ def loss_of_copy(core: Core) -> Loss:
             _, metrics = core.distill(state, edge)
         except ValueError:  # The predictions are not finite, so the core would refuse the clones.
             return 1.0
-        return state.train_accuracy[0] - metrics["train-accuracy"]
+        return state.train_accuracy[0] - float(metrics["train-accuracy"])
 
     return loss

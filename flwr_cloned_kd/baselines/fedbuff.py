@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..asynchronous.staleness import PolynomialStaleness, StalenessWeight
 from ..asynchronous.strategy import LoopOptions
+from ..engine.counts import check_count
 from ..engine.ensemble import StateDict, as_ensemble, check_finite, member
 from .averaging import Averaging, Measure, cast, under
 
@@ -61,8 +62,7 @@ class FedBuff(Averaging):
         **loop: Unpack[LoopOptions],
     ) -> None:
         super().__init__(staleness_weight, proximal_mu, measure, loop)
-        if buffer_size < 1:
-            raise ValueError(f"buffer_size: expected at least 1, got {buffer_size}")
+        check_count("buffer_size", buffer_size)
         if not 0 < server_lr < float("inf"):
             raise ValueError(f"server_lr: expected above 0, got {server_lr}")
         self.buffer_size = buffer_size

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .counts import check_count
+
 StateDict = dict[str, Tensor]
 Ensemble = dict[str, Tensor]
 
@@ -23,8 +25,7 @@ def clone(params: Mapping[str, Tensor], num_clones: int) -> Ensemble:
     Raises:
         ValueError: if `num_clones` is below 1.
     """
-    if num_clones < 1:
-        raise ValueError(f"num_clones: expected at least 1, got {num_clones}")
+    check_count("num_clones", num_clones)
     return {name: torch.stack([tensor.detach()] * num_clones) for name, tensor in params.items()}
 
 

@@ -64,6 +64,8 @@ def fit(
             not finite, if no parameter of the model requires a gradient, or if the factory of the
             recipe does not return an optimizer.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: expected a parameter that requires a gradient, got none")
     inputs, labels = on_device(as_dataset(dataset, model), runtime.target)
     loss = supervised(task) if loss is None else loss
     num_samples = len(labels)
@@ -84,8 +86,6 @@ def fit(
             batch_size=recipe.batch_size,
             num_samples=num_clones * min(num_samples * num_epochs, num_steps * recipe.batch_size),
         )
-        if not clone_lanes[0].leaves:
-            raise ValueError("model: expected a parameter that requires a gradient, got none")
         if plan.cuda_graphs and not can_record(recipe):
             log_once(
                 "cuda_graphs: expected SGD of the recipe or an optimizer with the option "

@@ -34,8 +34,8 @@ def make_optimizer(
         recorded: prepare the optimizer for a CUDA graph.
 
     Raises:
-        ValueError: if the factory of the recipe does not return an optimizer whose `step` works
-            without a closure.
+        ValueError: if the factory of the recipe fails, or if it does not return an optimizer that
+            has a learning rate and whose `step` works without a closure.
     """
     if recipe.optimizer is None:
         return optim.SGD(
@@ -45,11 +45,22 @@ def make_optimizer(
             weight_decay=recipe.weight_decay,
             fused=all(leaf.is_floating_point() for leaf in leaves),
         )
-    optimizer = recipe.optimizer(leaves, lr=recipe.lr)
+    try:
+        optimizer = recipe.optimizer(leaves, lr=recipe.lr)
+    except Exception as error:  # the factory is the user's and may raise anything
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"optimizer: expected a function to call with (parameters, lr={recipe.lr}), "
+            f"got: {cause}"
+        ) from error
     if not isinstance(optimizer, optim.Optimizer) or isinstance(optimizer, optim.LBFGS):
         raise ValueError(
             "optimizer: expected an optimizer of PyTorch that needs no closure, "
             f"got {type(optimizer).__name__}"
+        )
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            'optimizer: expected a learning rate "lr" in each of its groups of parameters, got none'
         )
     if recorded:
         for group in optimizer.param_groups:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from operator import index
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor
+
+from .counts import check_count
 
 
 def fold_in(seed: int, *path: int | str) -> int:
@@ -66,8 +68,7 @@ class Plateau:
     min_improvement: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience: expected at least 1, got {self.patience}")
+        check_count("patience", self.patience)
 
     def __call__(self, history: Sequence[Epoch]) -> bool:
         recent, before = history[-self.patience :], history[: -self.patience]
@@ -102,7 +103,8 @@ class Recipe:
         stop: epochs so far -> True to stop; None trains all `epochs`.
 
     Raises:
-        ValueError: for a number out of range, or for both epochs and steps.
+        ValueError: for a number out of range, for both epochs and steps, or if something else than
+            a function stands in the place of one.
     """
 
     epochs: int = 164
@@ -121,13 +123,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         for name in ("lr", "momentum", "weight_decay", "proximal_mu"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+            number = getattr(self, name)
+            if not isinstance(number, SupportsFloat) or not 0 <= float(number) < float("inf"):
+                raise ValueError(f"{name}: expected at least 0, got {number!r}")
+        for name in ("schedule", "augment", "label_noise", "stop", "optimizer"):
+            function = getattr(self, name)
+            if not callable(function) and (function is not None or name == "schedule"):
+                raise ValueError(f"{name}: expected a function, got {function!r}")
+        if self.steps is not None:
+            check_count("steps", self.steps)
         if self.steps is not None and self.epochs != Recipe.epochs:
             raise ValueError(
                 f"epochs: expected either epochs or steps, got {self.epochs} and {self.steps}"

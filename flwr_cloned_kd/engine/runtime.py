@@ -14,6 +14,7 @@ from torch import nn
 from torch.backends import cudnn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .counts import check_count
 from .nested import Inputs, on_device, outputs_of, rows_of, tensors_of
 
 # The rules below come from docs/performance.md, measured on 2 cores with AVX-512 and AMX.
@@ -79,8 +80,8 @@ class Runtime:
             raise ValueError(
                 f"device: expected auto, cpu, cuda, ..., got {self.device!r}"
             ) from error
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: expected at least 1, got {self.workers}")
+        if self.workers is not None:
+            check_count("workers", self.workers)
         if self.target_bytes < 0:
             raise ValueError(f"target_bytes: expected at least 0, got {self.target_bytes}")
 

@@ -73,6 +73,9 @@ def as_dataset(
         ValueError: naming what was expected and what was found.
     """
     try:
+        for argument, value in (("model", model), ("task", task)):
+            if isinstance(value, type):
+                raise ValueError(f"{argument}: expected an object, got the class {value.__name__}")
         if _is_converted(data):
             dataset: Dataset = data
         else:
@@ -184,7 +187,8 @@ def _without_last(parts: Sequence[Any]) -> tuple[Any, Any]:
 
 def _collected(data: Any, label_key: str | None) -> tuple[Inputs, Tensor]:
     """Read every sample of a dataset into memory that is allocated once."""
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not sized or isinstance(data, str | bytes):
         raise ValueError(
             "expected (inputs, labels), a dict of columns or a dataset with a length, "
             f"got {type(data).__name__}"

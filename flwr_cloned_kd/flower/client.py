@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import NDArrays, Scalar
 from torch import nn
 
-from ..engine.ensemble import StateDict, as_ensemble, clone, member, trained_state
+from ..engine.ensemble import StateDict, as_ensemble, clone, frozen_state, member, trained_state
 from ..engine.fit import accuracy, predict
 from ..engine.inputs import Dataset
 from ..engine.recipe import Recipe, fold_in
@@ -132,7 +132,9 @@ class EdgeClient(NumPyClient):
     def _params(self, parameters: NDArrays) -> StateDict:
         like = trained_state(self.model)
         if len(parameters) != len(like):
-            raise ValueError(f"parameters: expected {len(like)} arrays, got {len(parameters)}")
+            num_frozen = len(frozen_state(self.model))
+            why = f", as {num_frozen} of this edge's model are frozen" if num_frozen else ""
+            raise ValueError(f"parameters: expected {len(like)} arrays{why}, got {len(parameters)}")
         # FedAvg averages integer counters into floats; the model needs integers.
         named = {
             name: np.asarray(array).astype(like[name].numpy().dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..asynchronous.session import Dispatch, Received
 from ..asynchronous.staleness import StalenessWeight
 from ..asynchronous.strategy import AsyncStrategy, LoopOptions
+from ..engine.counts import check_count
 from ..engine.ensemble import StateDict, frozen_state, member, size, trained_state
 from ..engine.optimizers import optimizer_name
 from ..engine.tasks import classification
@@ -63,9 +64,8 @@ class ClonedKD(AsyncStrategy):
         **loop: Unpack[LoopOptions],
     ) -> None:
         super().__init__(**loop)
-        for name, value in (("num_clones", num_clones), ("max_together", max_together)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_count("num_clones", num_clones)
+        check_count("max_together", max_together)
         check_wire_dtype(wire_dtype)
         self.core = core
         self.num_clones = num_clones
@@ -116,7 +116,7 @@ class ClonedKD(AsyncStrategy):
         content = RecordDict({"arrays": ArrayRecord(self._encoded), "config": config})
         return content, self._sent
 
-    def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, float]:
+    def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, Any]:
         """Distil the ensemble that an edge returned into the core (Phase 2)."""
         reported, result = self._read(Received(dispatch, content, staleness))
         state, metrics = self.core.distill_all(self.current, [result])
@@ -124,9 +124,9 @@ class ClonedKD(AsyncStrategy):
             self._publish(state)
         return reported | metrics[0]
 
-    def absorb_all(self, answers: Sequence[Received]) -> list[dict[str, float] | ValueError]:
+    def absorb_all(self, answers: Sequence[Received]) -> list[dict[str, Any] | ValueError]:
         """Distil all ensembles in one Phase 2; one by one if they are refused together."""
-        readings: list[tuple[dict[str, float], EdgeResult] | ValueError] = []
+        readings: list[tuple[dict[str, Any], EdgeResult] | ValueError] = []
         for answer in answers:
             try:
                 readings.append(self._read(answer))
@@ -139,24 +139,26 @@ class ClonedKD(AsyncStrategy):
             state, metrics = self.core.distill_all(self.current, [result for _, result in good])
         except ValueError as error:
             return self._one_by_one(answers, str(error))
-        if state is self.current:
-            return self._one_by_one(answers, "the guard refused")
-        self._publish(state)
+        distilled = [row for row in metrics if "train-accuracy" in row]
+        if state is self.current and len(distilled) > 1:
+            return self._one_by_one(answers, distilled[0]["cause"])
+        if state is not self.current:
+            self._publish(state)
+            for row in distilled:
+                row["together"] = float(len(distilled))
         rows = iter(metrics)
         return [
-            reading
-            if isinstance(reading, ValueError)
-            else {**reading[0], **next(rows), "together": float(len(good))}
+            reading if isinstance(reading, ValueError) else reading[0] | next(rows)
             for reading in readings
         ]
 
     def _one_by_one(
         self, answers: Sequence[Received], cause: str
-    ) -> list[dict[str, float] | ValueError]:
+    ) -> list[dict[str, Any] | ValueError]:
         log(WARNING, "Distilling %d answers one by one, because together: %s", len(answers), cause)
         return super().absorb_all(answers)
 
-    def _read(self, answer: Received) -> tuple[dict[str, float], EdgeResult]:
+    def _read(self, answer: Received) -> tuple[dict[str, Any], EdgeResult]:
         """Check a reply; return what the edge reported, and its ensemble."""
         reported = metrics_of(answer.content)
         record = only(answer.content.array_records, "ArrayRecord")

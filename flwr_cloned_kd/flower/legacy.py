@@ -155,6 +155,7 @@ class LegacyClonedKD(Strategy):
             content = content_of(results, failures, list(self._like), scales)
             bytes_up = num_bytes(content)
             metrics |= self._method.absorb(dispatch, content, 0)
+            cause = metrics.pop("cause", "")
         except ValueError as error:
             cause = str(error)
         self._session.settle(dispatch)

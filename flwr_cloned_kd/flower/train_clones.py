@@ -95,6 +95,11 @@ def train_clones(*, max_clones: int = MAX_CLONES) -> Mod:
             except Exception as error:  # the app may raise any exception
                 text = " ".join(str(error).split())
                 raise RuntimeError(f"clone {index}: {type(error).__name__}: {text}") from error
+            if not isinstance(reply, Message):
+                kind = type(reply).__name__
+                return refuse(
+                    message, f"train_clones: clone {index}: expected a Message, got {kind}"
+                )
             if (failure := _failure(message, reply, index)) is not None:
                 return failure
             try:

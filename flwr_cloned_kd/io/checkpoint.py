@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[Tensors, Header]:
 
     Raises:
         Damaged: if the file is truncated, altered or not a safetensors file.
-        ValueError: if it is another safetensors file, or of a newer format.
+        ValueError: if it is a folder, another safetensors file, or of a newer format.
     """
     metadata = _metadata(path)
     if metadata.get("kind") != KIND:
@@ -128,6 +128,8 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 def _metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file; `safe_open` checks its header and its size."""
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a {KIND}, got a folder")
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})

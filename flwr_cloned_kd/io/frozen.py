@@ -25,8 +25,12 @@ def check_frozen(model: nn.Module, expected: object) -> None:
         ValueError: if the digest of the model differs.
     """
     digest_here = frozen_digest(model)
-    if expected and digest_here != expected:
-        raise ValueError(
-            f"{FROZEN_KEY}: expected the core's {str(expected)[:12]}, got {digest_here[:12]!r}: "
-            f"the frozen weights of this edge's model are not those of the core"
-        )
+    if not expected or digest_here == expected:
+        return
+    start = f"{FROZEN_KEY}: expected the core's {str(expected)[:12]}, got"
+    if not digest_here:
+        raise ValueError(f"{start} none: no weight of this edge's model is frozen")
+    raise ValueError(
+        f"{start} {digest_here[:12]!r}: "
+        "the frozen weights of this edge's model are not those of the core"
+    )

@@ -1,12 +1,13 @@
 """Algorithm 1 without a network: the core, its state, and Phases 0 to 2."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from ..engine.ensemble import (
     Ensemble,
@@ -28,7 +29,7 @@ from ..engine.samples import as_dataset
 from ..engine.tasks import Task, classification, counting
 from .consensus import Venn
 from .distillation import Distillation
-from .guards import Refuses
+from .guards import Evidence, Guard
 from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
 from .targets import TargetBank, TargetCache, weighted_sum
@@ -128,6 +129,17 @@ class EdgeResult(NamedTuple):
     """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
 
 
+class _Examined(NamedTuple):
+    """The result of an edge, and what was measured of it."""
+
+    result: EdgeResult
+    logits: Tensor
+    """`[E, N, ...]`, for the core data."""
+    held_out_logits: Tensor | None
+    evidence: Evidence | None
+    metrics: dict[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Core:
     """The service: a model, a small labelled dataset, and the options of its training.
@@ -153,8 +165,9 @@ class Core:
         task: what the outputs of the model mean.
         recipe: Phase 0.
         distillation: Phase 2; None is the preset `practical` of `recipe`.
-        guard: (history, training accuracy) -> True to refuse the round (Sec. 5.3); None accepts
-            every round.
+        guard: evidence -> why an edge is refused, or None, see `guards`; None accepts every edge.
+        validation: labelled data that a guard sees the edge on; None: the core data. Data that the
+            core does not train on shows more.
         held_out: data on which accuracies and the consensus are measured; None measures none.
         seed: the seed of every random draw.
         runtime: speed only.
@@ -167,7 +180,8 @@ class Core:
     dataset: Dataset
     recipe: Recipe = field(default_factory=Recipe)
     distillation: Distillation = None  # type: ignore[assignment]  # until __post_init__
-    guard: Refuses | None = None
+    guard: Guard | None = None
+    validation: Dataset | None = None
     held_out: Dataset | None = None
     seed: int = 0
     runtime: Runtime = field(default_factory=Runtime)
@@ -182,7 +196,7 @@ class Core:
                 f"selection: expected correct, None or a function of your own for {self.task}, "
                 "got label_probability"
             )
-        for name in ("dataset", "held_out"):
+        for name in ("dataset", "held_out", "validation"):
             data = getattr(self, name)
             if data is not None:
                 object.__setattr__(self, name, as_dataset(data, self.model, self.task, name=name))
@@ -203,7 +217,7 @@ class Core:
 
     def distill(
         self, state: CoreState, edge: Ensemble, *, sent: StateDict | None = None, weight: float = 1
-    ) -> tuple[CoreState, dict[str, float]]:
+    ) -> tuple[CoreState, dict[str, Any]]:
         """Phase 2: learn from the ensemble of one edge and from the temporal memory.
 
         A pure function: the same arguments give the same core, bit for bit on one device.
@@ -215,8 +229,9 @@ class Core:
             weight: weight of this edge's KD term, at least 0; below 1 for a late edge.
 
         Returns:
-            The new state, or `state` itself if the guard refused the round; and the metrics
-            "accepted" (1 or 0), "train-accuracy" (of the core, on core data), "known" (the share of
+            The new state, or `state` itself if the guard refused the edge; and the metrics
+            "accepted" (1 or 0), "cause" (why the guard refused, text), "train-accuracy" (of the
+            core, on core data), "known" (the share of
             the core data that the ensemble classifies correctly), "student-start" (the share of the
             clones' movement) and, with held-out data, "core-accuracy", "edge-accuracy" (mean of
             the clones), "ensemble-accuracy" and the `Venn` of the new core and the edge:
@@ -231,7 +246,7 @@ class Core:
 
     def distill_all(
         self, state: CoreState, results: Sequence[EdgeResult]
-    ) -> tuple[CoreState, list[dict[str, float]]]:
+    ) -> tuple[CoreState, list[dict[str, Any]]]:
         """Phase 2 for several edges at once, as long as one for a single edge but for the targets.
 
         Every ensemble is a teacher, besides the M - 1 latest ones of the memory. The student starts
@@ -242,9 +257,12 @@ class Core:
         Args:
             results: at least one; the last is the newest.
 
+        The guard may refuse single edges before the distillation. If it refuses an edge after the
+        distillation, all edges of this distillation are refused.
+
         Returns:
-            The new state, or `state` itself if the guard refused the round; and for each edge the
-            metrics of `distill`.
+            The new state, or `state` itself if no edge was accepted; and for each edge the metrics
+            of `distill`.
 
         Raises:
             ValueError: as `distill`, or without a result.
@@ -254,43 +272,11 @@ class Core:
         for result in results:
             if not 0 <= result.weight < float("inf"):
                 raise ValueError(f"weight: expected at least 0, got {result.weight}")
-        memory, weights = self._remembered(state, results)
-        core_logits = [self._edge_logits(result.edge, self.dataset[0]) for result in results]
-        held_out_logits = (
-            []
-            if self.held_out is None
-            else [self._edge_logits(result.edge, self.held_out[0]) for result in results]
-        )
-        share = self._share(self._knowledge(state.params, results, torch.cat(core_logits)))
-        student = student_start(self.model, state.params, results, share)
-        teachers, scaled_weights = self._teachers(state.params, memory, weights, len(results))
-        params = self._train_student(student, teachers, scaled_weights, state.version)
-        check_finite(params, "core after distillation: ")
-        train_accuracy = self.train_accuracy(params)
-        refused = self.guard is not None and self.guard(state.train_accuracy, train_accuracy)
-        metrics = [
-            {
-                "accepted": float(not refused),
-                "train-accuracy": train_accuracy,
-                "known": self._known(logits),
-                "student-start": share,
-            }
-            for logits in core_logits
-        ]
-        if self.held_out is not None:
-            predictions = self.predictions(params)
-            for row, logits in zip(metrics, held_out_logits):
-                row |= _compare(predictions, logits, self.held_out[1], self.task)
-        if refused:
-            return state, metrics
-        memory_size = self.distillation.memory_size
-        return CoreState(
-            params,
-            memory[-memory_size:],
-            state.version + len(results),
-            (*state.train_accuracy, train_accuracy),
-            weights[-memory_size:],
-        ), metrics
+        answers = [self._examine(state, result) for result in results]
+        accepted = [answer for answer in answers if answer.metrics["accepted"]]
+        if accepted:
+            state = self._learn(state, accepted)
+        return state, [answer.metrics for answer in answers]
 
     def state(self, params: StateDict) -> CoreState:
         """Make the state of a core after Phase 0, with its training accuracy."""
@@ -322,6 +308,114 @@ class Core:
         logits = predict(self.model, edge, inputs, runtime=self.runtime)
         check_finite({"logits": logits}, "edge predictions: ")
         return logits
+
+    def _examine(self, state: CoreState, result: EdgeResult) -> "_Examined":
+        """Measure what an edge returned; the guard may refuse it before the distillation."""
+        logits = self._edge_logits(result.edge, self.dataset[0])
+        held_out_logits = (
+            None if self.held_out is None else self._edge_logits(result.edge, self.held_out[0])
+        )
+        evidence = None if self.guard is None else self._evidence(state, result, logits)
+        metrics = {"accepted": 1.0, "known": self._known(logits)}
+        answer = _Examined(result, logits, held_out_logits, evidence, metrics)
+        self._ask_guard([answer], [evidence])
+        return answer
+
+    def _learn(self, state: CoreState, answers: Sequence["_Examined"]) -> CoreState:
+        """Distil, add to the metrics, and return the new state; `state` if the guard refused."""
+        results = [answer.result for answer in answers]
+        memory, weights = self._remembered(state, results)
+        logits = torch.cat([answer.logits for answer in answers])
+        share = self._share(self._knowledge(state.params, results, logits))
+        student = student_start(self.model, state.params, results, share)
+        teachers, scaled_weights = self._teachers(state.params, memory, weights, len(results))
+        params = self._train_student(student, teachers, scaled_weights, state.version)
+        check_finite(params, "core after distillation: ")
+        train_accuracy = self.train_accuracy(params)
+        predictions = self.predictions(params) if self.held_out is not None else Tensor()
+        for answer in answers:
+            answer.metrics.update({"train-accuracy": train_accuracy, "student-start": share})
+            if self.held_out is not None and answer.held_out_logits is not None:
+                labels = self.held_out[1]
+                scores = _compare(predictions, answer.held_out_logits, labels, self.task)
+                answer.metrics.update(scores)
+        if self.guard is not None:
+            after = self._correct(params, self.validation or self.dataset)
+            self._ask_guard(
+                answers,
+                [
+                    replace(answer.evidence, after=after, train_accuracy=train_accuracy)
+                    for answer in answers
+                    if answer.evidence is not None
+                ],
+            )
+            if not answers[0].metrics["accepted"]:
+                return state
+        memory_size = self.distillation.memory_size
+        return CoreState(
+            params,
+            memory[-memory_size:],
+            state.version + len(results),
+            (*state.train_accuracy, train_accuracy),
+            weights[-memory_size:],
+        )
+
+    def _ask_guard(
+        self, answers: Sequence["_Examined"], evidence: Sequence[Evidence | None]
+    ) -> None:
+        """Add the evidence to the metrics; refuse all of these answers for the first reason."""
+        if self.guard is None:
+            return
+        known = [edge_evidence for edge_evidence in evidence if edge_evidence is not None]
+        for answer, edge_evidence in zip(answers, known):
+            answer.metrics.update(edge_evidence.metrics())
+        reasons = [reason for reason in map(self.guard, known) if reason is not None]
+        if reasons:
+            for answer in answers:
+                answer.metrics.update({"accepted": 0.0, "cause": reasons[0]})
+
+    def _evidence(self, state: CoreState, result: EdgeResult, logits: Tensor) -> Evidence:
+        """Measure what a guard may know before the distillation."""
+        data = self.validation or self.dataset
+        if self.validation is not None:
+            logits = self._edge_logits(result.edge, data[0])
+        ensemble = self.task.prediction(self.task.target(logits, 1.0).mean(0))
+        length, direction = self._movement(state, result)
+        return Evidence(
+            labels=counting(data[1], data[1], self.task),
+            before=self._correct(state.params, data),
+            clones=self._mask(logits, data[1]),
+            ensemble=self._mask(ensemble, data[1]),
+            movement=length,
+            direction=direction,
+            history=state.train_accuracy,
+        )
+
+    def _movement(self, state: CoreState, result: EdgeResult) -> tuple[float, float | None]:
+        """Return length and direction of a movement, as `Evidence` describes them."""
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+        def vector(params: StateDict) -> Tensor:
+            return torch.cat([params[name].flatten() for name in trained]).double()
+
+        sent = vector(result.sent or state.params)
+        moved = vector(mean(result.edge)) - sent
+        length = float(moved.norm() / sent.norm().clamp(min=torch.finfo(sent.dtype).tiny))
+        if not state.memory:
+            return length, None
+        remembered = torch.stack([vector(mean(ensemble)) for ensemble in state.memory]).mean(0)
+        way = remembered - vector(state.params)
+        if not moved.any() or not way.any():
+            return length, None
+        return length, float(cosine_similarity(moved, way, dim=0))
+
+    def _correct(self, params: StateDict, data: Dataset) -> Tensor:
+        """Return the mask `[N]` of what a core predicts correctly."""
+        outputs = predict(self.model, clone(params, 1), data[0], runtime=self.runtime)[0]
+        return self._mask(outputs, data[1])
+
+    def _mask(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return counting(self.task.correct(outputs, labels), labels, self.task)
 
     def _remembered(
         self, state: CoreState, results: Sequence[EdgeResult]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..engine.counts import check_count
 from ..engine.recipe import Recipe
 from .knowledge import Selection, StartRule
 
@@ -43,7 +44,6 @@ class Distillation:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected above 0, got {value}")
-        if self.memory_size < 1:
-            raise ValueError(f"memory_size: expected at least 1, got {self.memory_size}")
+        check_count("memory_size", self.memory_size)
         if not callable(self.student_start) and not 0 <= self.student_start <= 1:
             raise ValueError(f"student_start: expected 0 to 1, got {self.student_start}")

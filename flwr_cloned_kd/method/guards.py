@@ -1,15 +1,159 @@
-"""Guards: rules that refuse a round after looking at the core's training accuracy."""
+"""Guards: rules that refuse an edge for what its answer shows on data of the core."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Refuses = Callable[[Sequence[float], float], bool]
-"""(history, accuracy) -> True to refuse the round, False to accept it.
+from torch import Tensor
 
-`history` holds the core's training accuracy after Phase 0 and after each accepted round, oldest
-first; `accuracy` is the training accuracy that the core has after the round in question. Fractions
-in [0, 1].
-"""
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evidence:
+    """What a core has measured of the answer of one edge, on data of its own.
+
+    A guard gets it twice. The first time is before the distillation: `after` and `train_accuracy`
+    are None, and a refusal saves the distillation. The second time is after it.
+
+    The masks say which elements of the validation data a model predicts correctly; that is
+    `Core.validation`, or the core data without it. An element is a sample, or a token or pixel that
+    counts, by the task.
+
+    Args:
+        labels: of these elements, `[N]`.
+        before: mask `[N]` of the core before the round.
+        clones: masks `[E, N]` of the clones.
+        ensemble: mask `[N]` of the mean of the clones' predictions.
+        movement: L2 norm of the mean of the clones minus the model that the edge was sent, over all
+            parameters that train; in units of the norm of that model, at least 0.
+        direction: cosine between this movement and the mean way from the core to the ensembles of
+            the memory, in [-1, 1]; None if the memory is empty or a movement is zero.
+        history: the core's accuracy on its own data after Phase 0 and after each accepted round,
+            oldest first; fractions in [0, 1].
+        after: mask `[N]` of the core after the distillation.
+        train_accuracy: of that core on its own data.
+    """
+
+    labels: Tensor
+    before: Tensor
+    clones: Tensor
+    ensemble: Tensor
+    movement: float
+    direction: float | None
+    history: tuple[float, ...]
+    after: Tensor | None = None
+    train_accuracy: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers that a round reports; accuracies are fractions in [0, 1]."""
+        numbers = {
+            "validation-before": share(self.before),
+            "validation-ensemble": share(self.ensemble),
+            "movement": self.movement,
+        }
+        if self.direction is not None:
+            numbers["direction"] = self.direction
+        if self.after is not None:
+            numbers["validation-after"] = share(self.after)
+        return numbers
+
+    def recall(self, mask: Tensor) -> dict[int, float]:
+        """Return the share of correct elements of each class that has any; class -> fraction."""
+        labels = sorted(set(self.labels.tolist()))
+        return {label: share(mask[self.labels == label]) for label in labels}
+
+
+Guard = Callable[[Evidence], str | None]
+"""Evidence -> why the edge is refused, in one line; None accepts it."""
+
+Score = Callable[[Evidence], float | None]
+"""Evidence -> a number that is the higher, the worse the edge; None before it can be known."""
+
+
+def share(mask: Tensor) -> float:
+    """Return the share of True in a mask, a fraction in [0, 1]."""
+    return float(mask.double().mean())
+
+
+def train_accuracy_jump(evidence: Evidence) -> float | None:
+    """Return how far the core's training accuracy rose above the mean of its history (Sec. 5.3)."""
+    if evidence.train_accuracy is None or not evidence.history:
+        return None
+    return evidence.train_accuracy - sum(evidence.history) / len(evidence.history)
+
+
+def train_accuracy_drop(evidence: Evidence) -> float | None:
+    """Return how far the core's training accuracy fell since the last accepted round."""
+    if evidence.train_accuracy is None or not evidence.history:
+        return None
+    return evidence.history[-1] - evidence.train_accuracy
+
+
+def validation_drop(evidence: Evidence) -> float | None:
+    """Return how far the core's accuracy on the validation data fell by the distillation."""
+    if evidence.after is None:
+        return None
+    return share(evidence.before) - share(evidence.after)
+
+
+def class_drop(evidence: Evidence) -> float | None:
+    """Return the largest fall of the core's accuracy on one class of the validation data."""
+    if evidence.after is None:
+        return None
+    before, after = evidence.recall(evidence.before), evidence.recall(evidence.after)
+    return max(before[label] - after[label] for label in before)
+
+
+def ensemble_gap(evidence: Evidence) -> float:
+    """Return by how much the ensemble is less accurate than the core; known before Phase 2."""
+    return share(evidence.before) - share(evidence.ensemble)
+
+
+def movement(evidence: Evidence) -> float:
+    """Return the length of the movement, relative to the model that was sent."""
+    return evidence.movement
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Refuse an edge whose score is above a threshold.
+
+    Args:
+        score: one of this module, such as `validation_drop`, or your own.
+        threshold: the largest score that is accepted, in the unit of the score; `calibrate` finds
+            one from the core's own data.
+    """
+
+    score: Score
+    threshold: float
+
+    def __call__(self, evidence: Evidence) -> str | None:
+        value = self.score(evidence)
+        if value is None or value <= self.threshold:
+            return None
+        name = getattr(self.score, "__name__", type(self.score).__name__).replace("_", " ")
+        return f"{name}: expected at most {self.threshold:.3f}, got {value:.3f}"
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Refuse an edge that at least one guard refuses; the first reason counts."""
+
+    guards: Sequence[Guard]
+
+    def __call__(self, evidence: Evidence) -> str | None:
+        reasons = (guard(evidence) for guard in self.guards)
+        return next((reason for reason in reasons if reason is not None), None)
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """Refuse an edge that every guard refuses at the same time."""
+
+    guards: Sequence[Guard]
+
+    def __call__(self, evidence: Evidence) -> str | None:
+        reasons = [guard(evidence) for guard in self.guards]
+        refusals = [reason for reason in reasons if reason is not None]
+        return "; ".join(refusals) if reasons and len(refusals) == len(reasons) else None
 
 
 @dataclass(frozen=True)
@@ -30,8 +174,8 @@ class TrainAccuracyJump:
 
     threshold: float = 0.1
 
-    def __call__(self, history: Sequence[float], accuracy: float) -> bool:
-        return bool(history) and accuracy - sum(history) / len(history) > self.threshold
+    def __call__(self, evidence: Evidence) -> str | None:
+        return Limit(train_accuracy_jump, self.threshold)(evidence)
 
 
 @dataclass(frozen=True)
@@ -45,5 +189,5 @@ class TrainAccuracyDrop:
 
     threshold: float = 0.1
 
-    def __call__(self, history: Sequence[float], accuracy: float) -> bool:
-        return bool(history) and history[-1] - accuracy > self.threshold
+    def __call__(self, evidence: Evidence) -> str | None:
+        return Limit(train_accuracy_drop, self.threshold)(evidence)

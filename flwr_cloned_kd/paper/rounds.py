@@ -21,6 +21,7 @@ from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
 from ..method.core import Core, CoreState, edge_seed, train_edge
+from ..method.guards import Evidence
 from ..method.variants import VARIANTS, Send, independent
 from .runs import Run, with_functions
 
@@ -282,6 +283,11 @@ def _attack(run: Run, setup: _Setup, edge: int, dataset: Dataset) -> Attack:
     return ATTACKS[run.attack](run.strength, copy, int(setup.train[1].max()) + 1)
 
 
+def _after_training(evidence: Evidence) -> str | None:
+    """Refuse every edge, but only after the distillation, whose metrics the records hold."""
+    return None if evidence.after is None else "an oracle refuses bad edges"
+
+
 def _distill(
     run: Run,
     core: Core,
@@ -293,7 +299,7 @@ def _distill(
     """Run Phase 2; an oracle refuses the round of a noisy or bad edge."""
     bad = {*run.settings.noisy, *map(str, run.bad_edges)}
     if run.oracle and any(str(edge) in bad for edge in edges):
-        core = replace(core, guard=lambda history, trained: True)
+        core = replace(core, guard=_after_training)
     return core.distill(state, ensemble, sent=sent, weight=run.kd_weight)
 
 

@@ -55,7 +55,11 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("change", ATTACKS_ON_MODELS, ids=str)
+@pytest.mark.parametrize(
+    "change",
+    ATTACKS_ON_MODELS,
+    ids=lambda attack: getattr(attack, "__name__", type(attack).__name__),
+)
 def test_an_attack_has_the_form_of_an_ensemble_and_changes_no_argument(change):
     sent, edge = copy(SENT), copy(EDGE)
     attacked = sent_by(change, sent, edge)

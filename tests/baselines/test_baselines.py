@@ -405,6 +405,11 @@ def test_fedasync_does_not_go_beyond_the_answer():
         (FedAsync, {"proximal_mu": -1}, "proximal_mu: expected at least 0, got -1"),
         (FedBuff, {"proximal_mu": math.nan}, "proximal_mu: expected at least 0, got nan"),
         (FedAsync, {"max_in_flight": 0}, "max_in_flight: expected at least 1, got 0"),
+        (
+            FedAsync,
+            {"max_in_flight": 1.5},
+            "max_in_flight: expected an integer of at least 1, got 1.5",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(make, options, expected):

@@ -145,6 +145,20 @@ def test_what_is_no_optimizer_for_steps_is_refused(optimizer, name):
         trained(Recipe(epochs=1, batch_size=8, optimizer=optimizer))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (partial(optim.AdamW, decay=1), r"to call with \(parameters, lr=0.1\), got: .*'decay'"),
+        (lambda weights: optim.SGD(weights), r"to call with .*, got: .*'lr'"),
+        (lambda weights, lr: optim.Optimizer(weights, {}), 'a learning rate "lr" in each .* none'),
+    ],
+    ids=["a misspelled option", "a function without lr", "an optimizer without lr"],
+)
+def test_a_factory_that_does_not_fit_is_refused_by_name(optimizer, message):
+    with pytest.raises(ValueError, match=f"^optimizer: expected .*{message}"):
+        trained(Recipe(epochs=1, batch_size=8, optimizer=optimizer))
+
+
 # Limits of the gradient
 
 

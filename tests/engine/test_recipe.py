@@ -1,5 +1,6 @@
 import hashlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -91,3 +92,24 @@ def test_a_recipe_refuses_counts_below_one(field, value):
 def test_a_recipe_refuses_rates_that_are_negative_or_not_finite(field, value):
     with pytest.raises(ValueError, match=f"{field}: expected at least 0, got {value}"):
         Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": "3"}, "epochs: expected an integer of at least 1, got '3'"),
+        ({"steps": 1e4}, "steps: expected an integer of at least 1, got 10000.0"),
+        ({"lr": "0.1"}, "lr: expected at least 0, got '0.1'"),
+        ({"schedule": 0.5}, "schedule: expected a function, got 0.5"),
+        ({"schedule": None}, "schedule: expected a function, got None"),
+        ({"augment": "crop"}, "augment: expected a function, got 'crop'"),
+        ({"optimizer": "adam"}, "optimizer: expected a function, got 'adam'"),
+    ],
+)
+def test_a_recipe_refuses_values_of_a_wrong_type(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Recipe(**options)
+
+
+def test_a_recipe_accepts_the_numbers_of_numpy():
+    assert Recipe(epochs=np.int64(3), lr=np.float32(0.5)).num_steps(128) == 3

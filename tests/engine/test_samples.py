@@ -318,6 +318,7 @@ REFUSED = {
         r"expected \(inputs, labels\), a dict of columns or a dataset with a length, "
         "got DataLoader",
     ),
+    "a path": ("digits.csv", r"expected \(inputs, labels\), .* got str"),
     "a stream": (
         type("Stream", (IterableDataset,), {"__iter__": lambda self: iter([])})(),
         r"expected \(inputs, labels\), .* got Stream",
@@ -366,6 +367,14 @@ def test_outputs_of_a_wrong_form_are_refused(model, task, message):
     labels = LABELS.float() if isinstance(task, Regression) else LABELS
     with pytest.raises(ValueError, match=f"dataset: model: {message}"):
         Core(model=model, dataset=(INPUTS, labels), task=task, recipe=RECIPE)
+
+
+@pytest.mark.parametrize("options", [{"model": nn.Flatten}, {"task": Regression}])
+def test_a_class_in_the_place_of_an_object_is_refused_by_name(options):
+    ((name, value),) = options.items()
+    message = f"dataset: {name}: expected an object, got the class {value.__name__}"
+    with pytest.raises(ValueError, match=message):
+        Core(**{"model": STRAIGHT, "dataset": DATA, "recipe": RECIPE} | options)
 
 
 def test_a_class_axis_that_the_labels_do_not_have_is_refused():

@@ -75,5 +75,5 @@ def test_an_edge_with_another_backbone_is_refused(load, tmp_path, backbone):
 
 
 def test_a_missing_file_is_named(load):
-    with pytest.raises(ValueError, match=r"backbone: expected the path .* got 'nowhere'"):
+    with pytest.raises(ValueError, match=r"backbone: expected the absolute path .* got 'nowhere'"):
         load("frozen_backbone_app.task").build_model("nowhere", 0)

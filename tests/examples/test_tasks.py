@@ -1,4 +1,7 @@
-"""examples/tabular and examples/text: other data, tasks and optimizers, compared with FedAvg."""
+"""examples/tabular and examples/text: other data, tasks and optimizers, compared with FedAvg.
+
+The test under `flwr run` covers examples/frozen_backbone too.
+"""
 
 import importlib
 import json
@@ -12,10 +15,12 @@ import torch
 from flwr.app import Context, RecordDict
 
 from flwr_cloned_kd import VirtualGrid
+from tests.examples.test_examples import run as run_script
 from tests.examples.test_examples import runner
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = {"tabular": {"epochs": 10, "num-edges": 3}, "text": {"steps": 12, "num-edges": 2}}
+SIMULATED = SHORT | {"frozen_backbone": {"epochs": 6, "num-edges": 2}}
 names = pytest.mark.parametrize("name", SHORT)
 
 
@@ -101,13 +106,17 @@ def test_no_character_is_predicted_from_a_later_one(load):
     assert not torch.allclose(before[:, 10:], after[:, 10:], atol=1e-2)
 
 
-@names
+@pytest.mark.parametrize("name", SIMULATED)
 @pytest.mark.simulation
 def test_an_example_runs_under_flwr_run(name, tmp_path, capsys):
-    resources = {"num-supernodes": SHORT[name]["num-edges"], "client-resources-num-cpus": 1}
+    resources = {"num-supernodes": SIMULATED[name]["num-edges"], "client-resources-num-cpus": 1}
     home = tmp_path / "home"
     home.mkdir()
-    options = SHORT[name] | {"results": f"'{tmp_path / 'results'}'"}
+    options = SIMULATED[name] | {"results": f"'{tmp_path / 'results'}'"}
+    if name == "frozen_backbone":
+        backbone = tmp_path / "backbone.safetensors"
+        run_script(EXAMPLES / name / "pretrain.py", backbone).check_returncode()
+        options["backbone"] = f"'{backbone}'"
     config = " ".join(f"{key}={value}" for key, value in options.items())
     status, _ = runner().simulate(EXAMPLES / name, config, resources, home)
     text = capsys.readouterr().out

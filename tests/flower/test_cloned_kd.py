@@ -325,11 +325,12 @@ def test_more_clones_than_asked_for_are_refused():
 
 
 def test_a_guard_refuses_a_round_and_says_so(flower_log):
-    core = small_core(guard=lambda history, found: True)
+    core = small_core(guard=lambda evidence: "too good")
     strategy, history, _ = run(core, FakeGrid(apps(1)), rounds=1)
     assert history[0]["accepted"] == 0
     assert strategy.state.memory == ()
-    assert any("edge 0 refused: the guard, by edge" in line for line in flower_log)
+    assert history[0]["cause"] == "too good"
+    assert any("edge 0 refused: too good" in line for line in flower_log)
 
 
 def quickstart_client():

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
@@ -20,6 +21,7 @@ from flwr_cloned_kd import (
     clone,
     edge_app,
     fit,
+    train_clones,
     train_edge,
     trained_state,
 )
@@ -142,6 +144,60 @@ def test_an_edge_with_another_backbone_is_refused_by_name():
     cause = strategy.history[0]["cause"]
     assert "frozen-digest: expected the core's" in cause
     assert "frozen weights of this edge" in cause
+
+
+def unfrozen(seed=0):
+    return backbone_and_head(seed).requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("build_core", "build_edge", "cause"),
+    [
+        (backbone_and_head, unfrozen, "got none: no weight of this edge's model is frozen"),
+        (
+            unfrozen,
+            backbone_and_head,
+            "parameters: expected 2 arrays, as 7 of this edge's model are frozen, got 9",
+        ),
+    ],
+    ids=["the core", "the edge"],
+)
+def test_a_backbone_that_is_frozen_on_one_side_only_is_named(build_core, build_edge, cause):
+    core = core_of(build_core())
+    strategy = ClonedKD(core, num_clones=2)
+    first = ArrayRecord(trained_state(core.model))
+    strategy.start(VirtualGrid(edge_apps(build_edge, 1)), first, num_rounds=1)
+    assert strategy.history[0]["accepted"] == 0
+    assert cause in strategy.history[0]["cause"]
+
+
+def test_a_core_that_is_wholly_frozen_is_refused_by_name():
+    core = core_of(backbone_and_head().requires_grad_(False))
+    message = "model: expected a parameter that requires a gradient, got none"
+    with pytest.raises(ValueError, match=message):
+        core.pretrain()
+
+
+def test_a_loop_of_ones_own_loads_and_returns_the_trained_part():
+    app = ClientApp(mods=[train_clones()])
+
+    @app.train()
+    def train(message, context):
+        torch.manual_seed(message.content["config"]["seed"])
+        model = backbone_and_head()
+        arrays = message.content["arrays"].to_torch_state_dict()
+        assert not model.load_state_dict(arrays, strict=False).unexpected_keys
+        nn.init.normal_(model[1].bias)  # stands for the training
+        metrics = MetricRecord({"num-examples": 24})
+        content = RecordDict({"arrays": ArrayRecord(trained_state(model)), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    core = core_of(backbone_and_head())
+    strategy = ClonedKD(core, num_clones=2)
+    first = ArrayRecord(trained_state(core.model))
+    result = strategy.start(VirtualGrid([app]), first, num_rounds=1)
+    assert strategy.history[0]["accepted"] == 1
+    core.model.load_state_dict(result.arrays.to_torch_state_dict(), strict=False)
 
 
 def test_fedavg_sends_no_digest_and_averages_the_trained_part():

@@ -168,9 +168,11 @@ def test_a_schedule_of_ones_own():
 def test_a_guard_of_ones_own():
     seen = []
 
-    def every_other(history, found):
-        seen.append(len(history))
-        return len(seen) % 2 == 0
+    def every_other(evidence):
+        if evidence.after is None:
+            return None
+        seen.append(len(evidence.history))
+        return "an even round" if len(seen) % 2 == 0 else None
 
     state, rows = run(core_of(guard=every_other), app_of(), rounds=4)
     assert [row["accepted"] for row in rows] == [1, 0, 1, 0]

@@ -94,18 +94,21 @@ class RefusesGroups:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, history, accuracy):
+    def __call__(self, evidence):
+        if evidence.after is None:
+            return None
         self.calls += 1
-        return self.calls == 2
+        return "a group" if self.calls in (2, 3, 4) else None
 
 
 def test_a_group_that_the_guard_refuses_is_distilled_one_by_one(flower_log):
     core = small_core(guard=RefusesGroups())
     strategy = run(apps(4), core=core, max_together=3)
     assert [row["accepted"] for row in strategy.history] == [1, 1, 1, 1]
-    assert core.guard.calls == 1 + 1 + 3
+    # Of edge 0 alone, of three edges together, and of each of them alone.
+    assert core.guard.calls == 1 + 3 + 3
     assert all("together" not in row for row in strategy.history)
-    assert any("3 answers one by one" in line for line in flower_log)
+    assert any("3 answers one by one, because together: a group" in line for line in flower_log)
 
 
 def overflowing(message: Message, context):
@@ -139,3 +142,5 @@ def test_a_run_resumes_between_groups(tmp_path):
 def test_a_number_out_of_range_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         ClonedKD(small_core(), **{name: 0})
+    with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 1, got 2.5"):
+        ClonedKD(small_core(), **{name: 2.5})

@@ -441,6 +441,12 @@ def test_a_reply_that_cannot_be_stacked_is_one_line(change, cause, flower_log):
     assert reply.error.reason.count("\n") == 0
 
 
+def test_a_function_that_returns_no_message_is_one_line(flower_log):
+    reply = ask(app_of(lambda message, context: {"w": 1}, train_clones()), request())
+    assert reply.error.reason == "train_clones: clone 0: expected a Message, got dict"
+    assert flower_log == [reply.error.reason]
+
+
 def test_an_archive_is_not_an_array():
     buffer = io.BytesIO()
     np.savez(buffer, w=np.zeros(3))

@@ -109,6 +109,12 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(path):
         file.newest(path)
 
 
+def test_a_folder_in_the_place_of_the_file_is_refused(path):
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"core\.ckpt: expected a .* checkpoint, got a folder"):
+        file.newest(path)
+
+
 def test_a_newer_format_is_refused_even_with_an_older_file(path):
     file.write(path, TENSORS, HEADER)
     file.write(path, TENSORS, HEADER)

@@ -69,6 +69,11 @@ def assert_same(left, right):
     assert (left.version, left.train_accuracy) == (right.version, right.train_accuracy)
 
 
+def after_training(reason):
+    """A guard that refuses every edge after the distillation, with this reason."""
+    return lambda evidence: None if evidence.after is None else reason
+
+
 def phase_2_seed(core, version):
     return fold_in(core.seed, "phase-2", version)
 
@@ -195,7 +200,7 @@ def test_ensembles_of_different_sizes_are_teachers_together():
 
 def test_a_refused_edge_leaves_the_same_state():
     accepting = core_of()
-    refusing = replace(accepting, guard=lambda history, accuracy: True)
+    refusing = replace(accepting, guard=after_training("no"))
     good, bad, later = edges_of(3, 1)
     state, _ = accepting.distill(start_of(accepting), good)
 
@@ -212,12 +217,14 @@ def test_a_refused_edge_leaves_the_same_state():
 
 def test_a_guard_gets_the_history_and_the_new_accuracy():
     calls = []
-    core = core_of(guard=lambda history, accuracy: calls.append((history, accuracy)))
+    core = core_of(guard=calls.append)
     first, second = edges_of(2, 1)
     state, metrics = core.distill(core.state(core.pretrain()), first)
-    assert calls[0] == (state.train_accuracy[:1], metrics["train-accuracy"])
+    before, after = calls
+    assert (before.history, before.train_accuracy) == (state.train_accuracy[:1], None)
+    assert (after.history, after.train_accuracy) == (before.history, metrics["train-accuracy"])
     core.distill(state, second)
-    assert calls[1][0] == state.train_accuracy
+    assert calls[2].history == calls[3].history == state.train_accuracy
     assert state.train_accuracy[1] == metrics["train-accuracy"] == core.train_accuracy(state.params)
 
 
@@ -409,11 +416,12 @@ def test_metrics_are_fractions_that_agree_with_each_other():
 
 def test_metrics_of_a_refused_round_are_of_the_refused_core():
     accepting = core_of(held_out=HELD_OUT)
-    refusing = replace(accepting, guard=lambda history, accuracy: True)
+    refusing = replace(accepting, guard=after_training("no"))
     (edge,) = edges_of(1, 1)
     _, accepted = accepting.distill(start_of(accepting), edge)
     _, refused = refusing.distill(start_of(accepting), edge)
-    assert refused == accepted | {"accepted": 0.0}
+    assert {name: refused[name] for name in accepted} == accepted | {"accepted": 0.0}
+    assert refused["cause"] == "no"
 
 
 def test_an_edge_that_is_the_core_and_does_not_move_it_agrees_fully():

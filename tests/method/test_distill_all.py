@@ -1,12 +1,14 @@
 """One Phase 2 for several edges: its teachers, its start, its memory and its twin."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from flwr_cloned_kd import CoreState, Recipe, correct, train_edge
+from flwr_cloned_kd import CoreState, Limit, Recipe, correct, movement, train_edge
 from flwr_cloned_kd.engine.ensemble import mean
+from flwr_cloned_kd.method import core as core_module
 from flwr_cloned_kd.method.core import EdgeResult, student_start
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, distance, images, mlp, same_bits, snapshot
@@ -97,11 +99,72 @@ def test_each_edge_gets_metrics_of_its_own():
 
 
 def test_a_guard_refuses_all_edges_of_a_round():
-    core = core_of(guard=lambda history, accuracy: True)
+    core = core_of(guard=lambda evidence: None if evidence.after is None else "no")
     state = start_of(core)
     after, metrics = core.distill_all(state, results_of(2))
     assert after is state
-    assert [row["accepted"] for row in metrics] == [0.0, 0.0]
+    assert [(row["accepted"], row["cause"]) for row in metrics] == [(0.0, "no")] * 2
+
+
+def far_moved(result):
+    """Return the result of an edge whose parameters have moved a hundred times as far."""
+    origin = mlp().state_dict()
+    edge = {
+        name: origin[name] + 100 * (tensor - origin[name]) if "weight" in name else tensor
+        for name, tensor in result.edge.items()
+    }
+    return result._replace(edge=edge)
+
+
+def test_a_guard_can_refuse_one_edge_before_the_distillation(monkeypatch):
+    good, bad = results_of(2)
+    core = core_of(guard=Limit(movement, 5.0))
+    after, metrics = core.distill_all(start_of(core), [far_moved(bad), good])
+    alone, _ = core_of().distill(start_of(core), good.edge)
+    assert same_bits(after.params, alone.params)
+    assert after.version == 1
+    assert [row["accepted"] for row in metrics] == [0.0, 1.0]
+    assert metrics[0]["cause"].startswith("movement: expected at most 5.000, got ")
+    assert "train-accuracy" not in metrics[0]
+    monkeypatch.setattr(core_module, "fit", None)  # from now on nothing can be trained
+    same, metrics = core.distill_all(after, [far_moved(bad)])
+    assert same is after
+    assert metrics[0]["accepted"] == 0
+
+
+def test_the_evidence_is_measured_on_the_validation_data():
+    calls, validation = [], images(17, seed=5)
+    core = core_of(guard=calls.append, validation=validation)
+    state = core.state(mlp().state_dict())
+    new, metrics = core.distill_all(state, results_of(1))
+    before, after = calls
+    (result,) = results_of(1)
+    assert before.clones.shape == (2, 17)
+    measured = replace(core, held_out=validation)
+    assert before.before.float().mean() == pytest.approx(measured.held_out_accuracy(state.params))
+    assert after.after.float().mean() == pytest.approx(measured.held_out_accuracy(new.params))
+    assert metrics[0]["validation-after"] == pytest.approx(float(after.after.float().mean()))
+    origin, centre = mlp().state_dict(), mean(result.edge)
+    names = [name for name, _ in mlp().named_parameters()]
+    moved = sum(float((centre[n] - origin[n]).square().sum()) for n in names)
+    length = sum(float(origin[n].square().sum()) for n in names)
+    assert before.movement == pytest.approx((moved / length) ** 0.5, rel=1e-5)
+    assert before.direction is None
+
+
+def test_an_edge_that_repeats_the_memory_has_its_direction():
+    calls = []
+    core = core_of(guard=calls.append, distillation={"recipe": replace(RECIPE, lr=0)})
+    state, _ = core.distill(start_of(core), edge_of(0))
+    core.distill(state, edge_of(0))
+    assert calls[2].direction == pytest.approx(1.0)
+
+
+def test_a_guard_that_accepts_changes_no_bit():
+    free, _ = core_of().distill_all(start_of(core_of()), results_of(2))
+    core = core_of(guard=lambda evidence: None, validation=images(17, seed=5))
+    guarded, _ = core.distill_all(start_of(core), results_of(2))
+    assert same_bits(free.params, guarded.params)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,66 @@
+"""Guards: scores by hand, reasons, and what composes them."""
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flwr_cloned_kd import TrainAccuracyDrop, TrainAccuracyJump
+from flwr_cloned_kd import (
+    AllOf,
+    AnyOf,
+    Evidence,
+    Limit,
+    TrainAccuracyDrop,
+    TrainAccuracyJump,
+    class_drop,
+    ensemble_gap,
+    movement,
+    validation_drop,
+)
 from tests.helpers.reference import few
 
 # The mean of these is 0.6, so the default threshold of 0.1 lies at 0.7.
 HISTORY = (0.5, 0.6, 0.7)
+LABELS = torch.tensor([0, 0, 0, 0, 1, 1])
+
+
+def mask(text):
+    return torch.tensor([letter == "1" for letter in text])
+
+
+def evidence_of(accuracy=None, history=(), *, before="111100", after=None, ensemble="110011"):
+    return Evidence(
+        labels=LABELS,
+        before=mask(before),
+        clones=torch.stack([mask(ensemble)] * 2),
+        ensemble=mask(ensemble),
+        movement=0.25,
+        direction=None,
+        history=tuple(history),
+        after=None if after is None else mask(after),
+        train_accuracy=accuracy,
+    )
 
 
 @pytest.mark.parametrize(("accuracy", "refused"), [(0.69, False), (0.71, True), (1.0, True)])
 def test_a_jump_above_the_mean_of_the_history_is_refused(accuracy, refused):
-    assert TrainAccuracyJump()(HISTORY, accuracy) is refused
+    assert (TrainAccuracyJump()(evidence_of(accuracy, HISTORY)) is not None) is refused
+
+
+def test_a_reason_names_what_was_expected():
+    reason = TrainAccuracyJump()(evidence_of(0.85, HISTORY))
+    assert reason == "train accuracy jump: expected at most 0.100, got 0.250"
 
 
 def test_the_threshold_is_the_users_to_set():
-    assert TrainAccuracyJump(0.05)(HISTORY, 0.66)
-    assert not TrainAccuracyJump(0.25)(HISTORY, 0.84)
+    assert TrainAccuracyJump(0.05)(evidence_of(0.66, HISTORY))
+    assert not TrainAccuracyJump(0.25)(evidence_of(0.84, HISTORY))
 
 
-def test_without_a_history_nothing_is_suspicious():
-    assert TrainAccuracyJump()((), 1.0) is False
+@pytest.mark.parametrize("guard", [TrainAccuracyJump(), TrainAccuracyDrop()])
+def test_without_a_history_or_before_the_distillation_nothing_is_refused(guard):
+    assert guard(evidence_of(1.0)) is None
+    assert guard(evidence_of(None, HISTORY)) is None
 
 
 fractions = st.floats(0, 1)
@@ -28,8 +68,8 @@ fractions = st.floats(0, 1)
 
 @few
 @given(history=st.lists(fractions, min_size=1, max_size=9), share=fractions, rule=fractions)
-def test_a_falling_training_accuracy_is_never_refused(history, share, rule):
-    assert not TrainAccuracyJump(rule)(history, share * min(history))
+def test_a_falling_training_accuracy_is_no_jump(history, share, rule):
+    assert not TrainAccuracyJump(rule)(evidence_of(share * min(history), history))
 
 
 @pytest.mark.parametrize(
@@ -43,4 +83,42 @@ def test_a_falling_training_accuracy_is_never_refused(history, share, rule):
     ],
 )
 def test_a_drop_is_measured_from_the_last_accepted_round(history, accuracy, refused):
-    assert TrainAccuracyDrop(0.1)(history, accuracy) is refused
+    assert (TrainAccuracyDrop(0.1)(evidence_of(accuracy, history)) is not None) is refused
+
+
+def test_scores_by_hand():
+    """Four of six are correct before; the ensemble has four too, and after it one of each class."""
+    before = evidence_of()
+    assert ensemble_gap(before) == 0
+    assert movement(before) == 0.25
+    assert validation_drop(before) is None
+    assert class_drop(before) is None
+    after = evidence_of(0.5, after="100001")
+    assert validation_drop(after) == pytest.approx(4 / 6 - 2 / 6)
+    assert class_drop(after) == pytest.approx(1 - 1 / 4)
+    assert after.recall(after.after) == {0: 0.25, 1: 0.5}
+
+
+def test_the_metrics_hold_what_is_known():
+    before = {"validation-before": 4 / 6, "validation-ensemble": 4 / 6, "movement": 0.25}
+    assert evidence_of().metrics() == pytest.approx(before)
+    after = evidence_of(0.5, after="100001").metrics()
+    assert after == pytest.approx(before | {"validation-after": 2 / 6})
+
+
+def refuses(reason):
+    return lambda evidence: reason
+
+
+def test_any_of_gives_the_first_reason_and_all_of_gives_every_reason():
+    passes, first, second = refuses(None), refuses("first"), refuses("second")
+    assert AnyOf([passes, first, second])(evidence_of()) == "first"
+    assert AnyOf([passes, passes])(evidence_of()) is None
+    assert AllOf([first, second])(evidence_of()) == "first; second"
+    assert AllOf([first, passes])(evidence_of()) is None
+    assert AllOf([])(evidence_of()) is None
+
+
+def test_a_limit_takes_a_score_of_ones_own():
+    guard = Limit(lambda evidence: 1 - evidence.clones.double().mean().item(), 0.1)
+    assert guard(evidence_of()) == "<lambda>: expected at most 0.100, got 0.333"

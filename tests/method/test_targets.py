@@ -360,8 +360,10 @@ def test_an_ensemble_that_left_the_memory_is_released():
 
 
 def test_a_refused_edge_is_released_when_the_next_one_comes(forwards):
-    answers = [False, True, False]
-    core = core_of(memory_size=3, guard=lambda history, accuracy: answers.pop(0))
+    answers = iter([None, "no", None])
+    core = core_of(
+        memory_size=3, guard=lambda evidence: None if evidence.after is None else next(answers)
+    )
     first = ensemble_of(2, first=10)
     state, _ = core.distill(start_of(core), first)
     num_forwards = len(forwards[id(first)])
@@ -393,7 +395,7 @@ def test_an_edge_that_spoils_the_core_is_released_next_time():
 @pytest.mark.parametrize(
     "change",
     [
-        {"guard": lambda history, accuracy: False},
+        {"guard": lambda evidence: None},
         {"held_out": images(9)},
         {"recipe": replace(RECIPE, lr=0.01)},
     ],

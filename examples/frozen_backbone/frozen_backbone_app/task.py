@@ -52,7 +52,7 @@ def build_model(path: str, seed: int) -> nn.Module:
     """Build the model: the backbone from a file and frozen, and a new head."""
     if not Path(path).is_file():
         raise ValueError(
-            f"backbone: expected the path of a file that pretrain.py wrote, got {path!r}"
+            f"backbone: expected the absolute path of a file that pretrain.py wrote, got {path!r}"
         )
     model = seeded(Net(), seed)
     model.backbone.load_state_dict(load_file(path))

@@ -1,0 +1,19 @@
+"""The check of a number that counts something."""
+
+from operator import index
+from typing import Any
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> None:
+    """Refuse a value that is not an integer of at least `minimum`; NumPy's integers are integers.
+
+    Raises:
+        ValueError: naming what was expected and what was found.
+    """
+    try:
+        number = index(value)
+    except TypeError:
+        expected = f"an integer of at least {minimum}"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
