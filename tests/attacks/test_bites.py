@@ -134,12 +134,11 @@ def test_a_backdoor_is_planted_and_the_core_data_do_not_show_it():
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_a_free_rider_costs_no_more_than_its_round(noise):
-    """The core ends between the core before the round and the core after an honest round."""
+    """The core gains less than in an honest round, and loses almost nothing."""
     core, state, _ = federation()
     first = core.state(core.pretrain())
     honest, _ = core.distill(first, trained(core, first, part(BAD_PART), 5))
     idle, _ = core.distill(first, sent_by("free rider", noise, first)[0])
-    # What it costs is the gain of an honest round.
     assert held_out(core, idle) <= held_out(core, honest) - 0.05
     after, _ = core.distill(state, sent_by("free rider", noise, state)[0])
     assert held_out(core, after) >= held_out(core, state) - 0.03

@@ -88,6 +88,14 @@ def test_the_mod_remembers_the_first_visit(start):
     assert not all(torch.equal(inside.edges[0][n], inside.edges[1][n]) for n in inside.edges[0])
 
 
+def test_the_mod_attacks_before_the_reply_is_encoded_for_the_wire():
+    outside = Spy()
+    (row,) = run_message(app(outside, attack(FreeRider())), 1, wire_dtype="int8")
+    assert row["accepted"], row["cause"]
+    # The mods of `edge_app` receive float32 arrays; the reply of the app is encoded after them.
+    assert all(torch.equal(tensor[0], outside.sent[0][n]) for n, tensor in outside.edges[0].items())
+
+
 def test_the_mod_goes_around_train_clones_and_an_app_of_its_own():
     client_app = ClientApp(mods=[attack(FreeRider()), train_clones()])
     names = []
