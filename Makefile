@@ -20,7 +20,7 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2 --durations=5
-	$(BIN)/python -m pytest -m simulation --durations=5
+	$(BIN)/python -m pytest -m "simulation and not slow" --durations=5
 
 deployment: .venv/.dev
 	$(BIN)/python -m pytest -m deployment --durations=5

@@ -106,7 +106,11 @@ def test_no_character_is_predicted_from_a_later_one(load):
     assert not torch.allclose(before[:, 10:], after[:, 10:], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", SIMULATED)
+@pytest.mark.parametrize(
+    "name",
+    # Every commit runs one of the apps under Flower; the tests above run the others in one process.
+    [pytest.param(name, marks=pytest.mark.slow if name in SHORT else ()) for name in SIMULATED],
+)
 @pytest.mark.simulation
 def test_an_example_runs_under_flwr_run(name, tmp_path, capsys):
     resources = {"num-supernodes": SIMULATED[name]["num-edges"], "client-resources-num-cpus": 1}
