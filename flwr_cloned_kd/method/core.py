@@ -129,8 +129,9 @@ class EdgeResult(NamedTuple):
     """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
 
 
-class _Examined(NamedTuple):
-    """The result of an edge, and what was measured of it."""
+@dataclass(eq=False)
+class _Examined:
+    """The result of an edge, and what was measured of it so far."""
 
     result: EdgeResult
     logits: Tensor
@@ -172,8 +173,8 @@ class Core:
         seed: the seed of every random draw.
         runtime: speed only.
         target_cache: kept targets of the memory. A core made by `dataclasses.replace` shares it,
-            and uses the kept targets unless the model, the dataset, the distillation, the seed or
-            the runtime was replaced.
+            and uses the kept targets unless the model, the dataset, the task, the distillation,
+            the seed or the runtime was replaced.
     """
 
     model: nn.Module
@@ -230,10 +231,10 @@ class Core:
 
         Returns:
             The new state, or `state` itself if the guard refused the edge; and the metrics
-            "accepted" (1 or 0), "cause" (why the guard refused, text), "train-accuracy" (of the
-            core, on core data), "known" (the share of
+            "accepted" (1 or 0), "train-accuracy" (of the core, on core data), "known" (the share of
             the core data that the ensemble classifies correctly), "student-start" (the share of the
-            clones' movement) and, with held-out data, "core-accuracy", "edge-accuracy" (mean of
+            clones' movement); with a guard those of `Evidence.metrics`, and "cause", a text, if it
+            refused the edge; and, with held-out data, "core-accuracy", "edge-accuracy" (mean of
             the clones), "ensemble-accuracy" and the `Venn` of the new core and the edge:
             "student-only", "both", "teacher-only", "consensus". Fractions in [0, 1].
 
@@ -247,18 +248,18 @@ class Core:
     def distill_all(
         self, state: CoreState, results: Sequence[EdgeResult]
     ) -> tuple[CoreState, list[dict[str, Any]]]:
-        """Phase 2 for several edges at once, as long as one for a single edge but for the targets.
+        """Phase 2 for several edges at once: the student is trained once for all of them.
 
         Every ensemble is a teacher, besides the M - 1 latest ones of the memory. The student starts
         from the mean of the movements that the edges have made, each counted from the model that
         the edge was sent. The memory then holds the last M ensembles, in the order of `results`.
         For one edge this is `distill`, bit for bit.
 
-        Args:
-            results: at least one; the last is the newest.
-
         The guard may refuse single edges before the distillation. If it refuses an edge after the
         distillation, all edges of this distillation are refused.
+
+        Args:
+            results: at least one; the last is the newest.
 
         Returns:
             The new state, or `state` itself if no edge was accepted; and for each edge the metrics
@@ -309,7 +310,7 @@ class Core:
         check_finite({"logits": logits}, "edge predictions: ")
         return logits
 
-    def _examine(self, state: CoreState, result: EdgeResult) -> "_Examined":
+    def _examine(self, state: CoreState, result: EdgeResult) -> _Examined:
         """Measure what an edge returned; the guard may refuse it before the distillation."""
         logits = self._edge_logits(result.edge, self.dataset[0])
         held_out_logits = (
@@ -318,10 +319,10 @@ class Core:
         evidence = None if self.guard is None else self._evidence(state, result, logits)
         metrics = {"accepted": 1.0, "known": self._known(logits)}
         answer = _Examined(result, logits, held_out_logits, evidence, metrics)
-        self._ask_guard([answer], [evidence])
+        self._ask_guard([answer])
         return answer
 
-    def _learn(self, state: CoreState, answers: Sequence["_Examined"]) -> CoreState:
+    def _learn(self, state: CoreState, answers: Sequence[_Examined]) -> CoreState:
         """Distil, add to the metrics, and return the new state; `state` if the guard refused."""
         results = [answer.result for answer in answers]
         memory, weights = self._remembered(state, results)
@@ -341,14 +342,12 @@ class Core:
                 answer.metrics.update(scores)
         if self.guard is not None:
             after = self._correct(params, self.validation or self.dataset)
-            self._ask_guard(
-                answers,
-                [
-                    replace(answer.evidence, after=after, train_accuracy=train_accuracy)
-                    for answer in answers
-                    if answer.evidence is not None
-                ],
-            )
+            for answer in answers:
+                if answer.evidence is not None:
+                    answer.evidence = replace(
+                        answer.evidence, after=after, train_accuracy=train_accuracy
+                    )
+            self._ask_guard(answers)
             if not answers[0].metrics["accepted"]:
                 return state
         memory_size = self.distillation.memory_size
@@ -360,16 +359,14 @@ class Core:
             weights[-memory_size:],
         )
 
-    def _ask_guard(
-        self, answers: Sequence["_Examined"], evidence: Sequence[Evidence | None]
-    ) -> None:
+    def _ask_guard(self, answers: Sequence[_Examined]) -> None:
         """Add the evidence to the metrics; refuse all of these answers for the first reason."""
-        if self.guard is None:
-            return
-        known = [edge_evidence for edge_evidence in evidence if edge_evidence is not None]
-        for answer, edge_evidence in zip(answers, known):
-            answer.metrics.update(edge_evidence.metrics())
-        reasons = [reason for reason in map(self.guard, known) if reason is not None]
+        reasons = list[str]()
+        for answer in answers:
+            if self.guard is not None and answer.evidence is not None:
+                answer.metrics.update(answer.evidence.metrics())
+                reason = self.guard(answer.evidence)
+                reasons += [] if reason is None else [reason]
         if reasons:
             for answer in answers:
                 answer.metrics.update({"accepted": 0.0, "cause": reasons[0]})
