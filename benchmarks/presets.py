@@ -33,7 +33,7 @@ from flwr_cloned_kd import (
 from flwr_cloned_kd.apps.machine import capability
 from flwr_cloned_kd.data.datasets import moments
 from flwr_cloned_kd.engine.inputs import Dataset
-from flwr_cloned_kd.method.core import CoreState
+from flwr_cloned_kd.method.state import CoreState
 
 ROUNDS = 3
 """Distillations of a run. The memory is full in the last one, and only the last one is timed."""

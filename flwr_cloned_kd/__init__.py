@@ -42,7 +42,7 @@ from .flower.mods import ClipClones, LocalDpClones
 from .flower.train_clones import train_clones
 from .method.calibration import calibrate
 from .method.consensus import Venn
-from .method.core import Core, CoreState, edge_seed, train_edge
+from .method.core import Core, edge_seed, train_edge
 from .method.distillation import Distillation
 from .method.guards import (
     AllOf,
@@ -64,6 +64,7 @@ from .method.knowledge import (
     retained,
 )
 from .method.presets import PRESETS, practical, unselective
+from .method.state import CoreState
 from .method.variants import VARIANTS, Variant, cloned
 from .virtual.durations import Constant, Draw, Exponential, LogNormal, Trace
 from .virtual.grid import VirtualGrid

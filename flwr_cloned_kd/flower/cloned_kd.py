@@ -18,7 +18,8 @@ from ..engine.tasks import classification
 from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
-from ..method.core import Core, CoreState, EdgeResult, edge_seed
+from ..method.core import Core, EdgeResult, edge_seed
+from ..method.state import CoreState
 from ..method.variants import Send, cloned
 
 NUMBERS = (bool, int, float)

@@ -28,7 +28,8 @@ from ..engine.ensemble import StateDict, frozen_state, member, trained_state
 from ..engine.fit import accuracy
 from ..io.messages import MAX_CHARACTERS, MAX_NAME_CHARACTERS, ensemble_of, num_bytes
 from ..io.wire import scale_names
-from ..method.core import Core, CoreState
+from ..method.core import Core
+from ..method.state import CoreState
 from ..method.variants import Send, cloned
 from .cloned_kd import ClonedKD
 

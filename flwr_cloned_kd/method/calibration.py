@@ -7,8 +7,9 @@ import torch
 
 from ..engine.nested import rows_of
 from ..engine.recipe import Recipe, fold_in
-from .core import Core, CoreState, train_edge
+from .core import Core, train_edge
 from .guards import Evidence, Limit, Score
+from .state import CoreState
 from .targets import TargetCache
 
 MIN_STAND_INS = 3

@@ -1,9 +1,9 @@
-"""Algorithm 1 without a network: the core, its state, and Phases 0 to 2."""
+"""Algorithm 1 without a network: the core, and Phases 0 to 2."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,10 @@ from torch.nn.functional import cosine_similarity
 from ..engine.ensemble import (
     Ensemble,
     StateDict,
-    as_ensemble,
     check_finite,
     clone,
     mean,
     member,
-    size,
     trained_state,
 )
 from ..engine.fit import accuracy, fit, predict
@@ -32,90 +30,8 @@ from .distillation import Distillation
 from .guards import Evidence, Guard
 from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
+from .state import CoreState
 from .targets import TargetBank, TargetCache, weighted_sum
-
-
-@dataclass(frozen=True, eq=False)
-class CoreState:
-    """The progress of a core. Each accepted edge makes a new state; a state equals only itself.
-
-    Args:
-        params: the core model.
-        memory: temporal memory, ensembles of the latest edges, newest last (Sec. 4.3).
-        version: number of edges that the core has learned from.
-        train_accuracy: the core's accuracy on its own data after Phase 0, if it was measured, and
-            after each accepted edge; fractions in [0, 1].
-        memory_weights: the weight of the KD term of each ensemble in the memory, below 1 for an
-            edge that was late; empty is 1 for all.
-    """
-
-    params: StateDict
-    memory: tuple[Ensemble, ...] = ()
-    version: int = 0
-    train_accuracy: tuple[float, ...] = ()
-    memory_weights: tuple[float, ...] = ()
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return this state as named tensors and a header that JSON can hold.
-
-        A tensor of the model is called "core/NAME", one of the memory "0/NAME", "1/NAME", ...,
-        oldest ensemble first.
-        """
-        ensembles = {"core": self.params}
-        ensembles |= {str(index): ensemble for index, ensemble in enumerate(self.memory)}
-        tensors = {
-            f"{prefix}/{name}": tensor
-            for prefix, ensemble in ensembles.items()
-            for name, tensor in ensemble.items()
-        }
-        header = {
-            "memory": len(self.memory),
-            "memory_weights": list(self.memory_weights),
-            "train_accuracy": list(self.train_accuracy),
-            "version": self.version,
-        }
-        return tensors, header
-
-    @classmethod
-    def from_state_dict(
-        cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], like: Mapping[str, Tensor]
-    ) -> Self:
-        """Make the state that `state_dict` returned, and check it with `as_ensemble`.
-
-        Args:
-            tensors: may hold other tensors too, under other prefixes.
-            header: may hold other entries too.
-            like: a state dict of the model; it says which names, shapes and dtypes are expected.
-
-        Raises:
-            ValueError: for a header without one of its entries, or tensors that do not fit `like`.
-        """
-        expected = ("memory", "memory_weights", "train_accuracy", "version")
-        if missing := [name for name in expected if name not in header]:
-            raise ValueError(f"core state: expected {', '.join(expected)}, missing {missing}")
-
-        def read(prefix: str) -> Ensemble:
-            start = f"{prefix}/"
-            named = {
-                name.removeprefix(start): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(start)
-            }
-            try:
-                return as_ensemble(named, like)
-            except ValueError as error:
-                raise ValueError(f"{prefix}: {error}") from None
-
-        core = read("core")
-        if size(core) != 1:
-            raise ValueError(f"core: expected one model, got an ensemble of {size(core)}")
-        return cls(
-            params=member(core, 0),
-            memory=tuple(read(str(index)) for index in range(header["memory"])),
-            version=header["version"],
-            train_accuracy=tuple(header["train_accuracy"]),
-            memory_weights=tuple(header["memory_weights"]),
-        )
 
 
 class EdgeResult(NamedTuple):

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from ..engine.ensemble import StateDict, initialise, trained_state
 from ..engine.recipe import fold_in
-from .core import Core, CoreState
+from .core import Core
+from .state import CoreState
 
 Send = Callable[[CoreState], StateDict]
 """State of the core -> model to send to the next edge."""

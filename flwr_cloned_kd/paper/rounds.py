@@ -20,8 +20,9 @@ from ..engine.inputs import Dataset
 from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
-from ..method.core import Core, CoreState, edge_seed, train_edge
+from ..method.core import Core, edge_seed, train_edge
 from ..method.guards import Evidence
+from ..method.state import CoreState
 from ..method.variants import VARIANTS, Send, independent
 from .runs import Run, with_functions
 
