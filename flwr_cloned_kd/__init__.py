@@ -66,6 +66,7 @@ from .method.knowledge import (
 from .method.presets import PRESETS, practical, unselective
 from .method.state import CoreState
 from .method.variants import VARIANTS, Variant, cloned
+from .reading.runs import LoadedRun, load_run, load_runs
 from .virtual.durations import Constant, Draw, Exponential, LogNormal, Trace
 from .virtual.grid import VirtualGrid
 
@@ -100,6 +101,7 @@ __all__ = [
     "Knowledge",
     "LegacyClonedKD",
     "Limit",
+    "LoadedRun",
     "LocalDpClones",
     "LogNormal",
     "Plateau",
@@ -143,6 +145,8 @@ __all__ = [
     "load_digits",
     "load_huggingface",
     "load_npz",
+    "load_run",
+    "load_runs",
     "member",
     "movement",
     "partition",
