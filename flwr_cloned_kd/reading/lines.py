@@ -55,9 +55,13 @@ def check_number(place: str, name: str, value: object) -> float:
     Raises:
         ValueError: for every other value, with its place and its name.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if abs(value) <= sys.float_info.max:  # not of NaN, nor of a whole number beyond all floats
-            return float(value)
+    # The comparison is false for NaN, and for a whole number that is larger than all floats.
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    ):
+        return float(value)
     raise ValueError(f"{place}: {name}: expected a finite number, got {shown(value)}")
 
 
