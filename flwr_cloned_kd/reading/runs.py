@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..asynchronous.timeline import Event
-from .events import read_events
+from .events import TIMES, read_events, with_missing
 from .lines import check_count, check_number, check_text, read_lines, read_object, shown
 
 CONFIG = "config.json"
@@ -16,7 +16,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 """File that a run writes at its end."""
 
-NUMBERS = ("core-accuracy", "bytes-down", "bytes-up", "seconds")
+NUMBERS = ("core-accuracy", "bytes-down", "bytes-up", "seconds", *TIMES)
 """Entries of a round that are finite numbers where they are given."""
 
 
@@ -61,13 +61,16 @@ class LoadedRun:
     def events_of(self, strategy: str) -> list[Event]:
         """Read the events of one strategy, for `draw_timeline`.
 
+        A run writes them when the strategy has ended. Those of rounds that it did not write, in a
+        run that was killed or before a resumption, are made from the seconds of these rounds.
+
         Returns:
-            The events; empty for a strategy of Flower, and for one that has not ended.
+            The events in order of time; empty for Flower's own strategies.
 
         Raises:
             ValueError: if the file of the events is damaged; the message has its path and the line.
         """
-        return read_events(self.folder, strategy)
+        return with_missing(read_events(self.folder, strategy), self.rounds_of(strategy))
 
 
 def load_run(folder: str | Path) -> LoadedRun:

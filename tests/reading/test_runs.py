@@ -6,10 +6,10 @@ import time
 import pandas
 import pytest
 
-from flwr_cloned_kd import load_run, load_runs
+from flwr_cloned_kd import LogNormal, VirtualGrid, load_run, load_runs
 from flwr_cloned_kd.apps.report import Report
 from flwr_cloned_kd.apps.settings import Settings
-from flwr_cloned_kd.asynchronous.timeline import Event
+from flwr_cloned_kd.asynchronous.timeline import CORE, Event, Span, spans
 from flwr_cloned_kd.reading import events
 from flwr_cloned_kd.reading.events import events_file, read_events, write_events
 from tests.helpers.fake_grid import FakeGrid
@@ -50,6 +50,41 @@ def test_what_a_report_writes_is_read_back_with_its_events(tmp_path):
     assert [event[1:] for event in read] == [event[1:] for event in strategy.events]
     assert [event.time for event in read] == [round(event.time, 4) for event in strategy.events]
     assert run.events_of("fedavg") == []
+
+
+def test_events_that_were_not_written_follow_from_the_rounds(tmp_path):
+    """A run that is killed has the same spans as one that writes its events at its end."""
+    report = Report(Settings(results=str(tmp_path)), small_core(), 0.4)
+    strategy = Tally(max_in_flight=2, on_round=lambda row: report.add("cloned-kd", row))
+    durations = LogNormal(median=60.0, sigma=1.0)
+    edges = [adds(number) for number in range(20)]
+    grid = VirtualGrid(edges, compute=durations, core=20.0, crash=0.3, seed=1)
+    strategy.start(grid, NOTHING, num_rounds=20)
+    rebuilt = load_run(report.folder).events_of("cloned-kd")
+    assert [event.time for event in rebuilt] == sorted(event.time for event in rebuilt)
+    report.keep("cloned-kd", strategy)
+    written = load_run(report.folder).events_of("cloned-kd")
+    assert len(written) == len(strategy.events)  # none is added to those that were written
+    assert {span.look for span in spans(written)} == {"train", "error", "learn", "refused"}
+    for span, other in zip(sorted(spans(rebuilt)), sorted(spans(written)), strict=True):
+        assert (span.lane, span.look) == (other.lane, other.look)
+        assert span.begin == pytest.approx(other.begin, abs=1e-3)
+        assert span.end == pytest.approx(other.end, abs=1e-3)
+
+
+def test_answers_that_were_absorbed_together_have_the_same_span_of_the_core(tmp_path):
+    costs = {"time": 10.0, "core-seconds": 2.0, "together": 2, "wait-seconds": 1.0}
+    rows = [
+        round_row(number, 0.6, number=number, **costs, **{"edge-seconds": float(number)})
+        for number in (1, 2)
+    ]
+    run = load_run(write_run(tmp_path / "run", rows, finished=False))
+    assert sorted(spans(run.events_of("cloned-kd"))) == [
+        Span(CORE, 6.0, 10.0, "learn"),
+        Span(CORE, 6.0, 10.0, "learn"),
+        Span("1", 4.0, 5.0, "train"),
+        Span("2", 3.0, 5.0, "train"),
+    ]
 
 
 def test_a_run_that_resumed_is_read_with_the_rounds_before(tmp_path):
