@@ -61,7 +61,7 @@ def report(arguments: argparse.Namespace) -> int:
     try:
         write_page(runs, arguments.out, target=arguments.target)
     except ImportError as error:
-        print(f"No page: {error}; {INSTALL}, or use --no-html", file=sys.stderr)
+        print(f"No page: {error}. It needs an extra: {INSTALL}", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
         print(f"No page: {error}", file=sys.stderr)

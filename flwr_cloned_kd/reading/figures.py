@@ -15,6 +15,7 @@ from ..asynchronous.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMI
 from ..asynchronous.timeline import CORE, LOOKS, MAX_LANES, Span, spans
 from .curves import Point
 from .groups import Group
+from .lines import is_number
 from .runs import LoadedRun
 
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
@@ -98,7 +99,7 @@ def consensus_figures(groups: Sequence[Group]) -> Choices:
         rounds: dict[int, list[dict[str, Any]]] = {}
         for run in group.runs:
             for row in run.rounds_of(group.strategy):
-                if all(_is_number(row.get(name)) for name in (*SHARES, "consensus")):
+                if all(is_number(row.get(name)) for name in (*SHARES, "consensus")):
                     rounds.setdefault(row["round"], []).append(row)
         if not rounds:
             continue
@@ -261,7 +262,3 @@ def _legend_text(label: str) -> str:
     """Write the name of a group for a legend, in which Plotly reads markup."""
     text = escape(label, quote=False)
     return text.replace(", ", ",<br>") if len(label) > MAX_LEGEND_WIDTH else text
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)

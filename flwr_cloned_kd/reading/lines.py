@@ -1,11 +1,11 @@
 """Files of JSON, checked while they are read: whole ones, and ones with a value per line."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+MAX_NUMBER = 1e100
 MAX_SHOWN = 60
 """How many characters of a wrong value an error shows."""
 
@@ -49,20 +49,25 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, value
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number with which sums over runs remain finite."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= MAX_NUMBER  # false for NaN
+    )
+
+
 def check_number(place: str, name: str, value: object) -> float:
-    """Return a finite number.
+    """Return a number for which `is_number` is true.
 
     Raises:
         ValueError: for every other value, with its place and its name.
     """
-    # The comparison is false for NaN, and for a whole number that is larger than all floats.
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max
-    ):
-        return float(value)
-    raise ValueError(f"{place}: {name}: expected a finite number, got {shown(value)}")
+    if not is_number(value):
+        expected = f"a number of at most {MAX_NUMBER:g}"
+        raise ValueError(f"{place}: {name}: expected {expected}, got {shown(value)}")
+    return float(value)
 
 
 def check_count(place: str, name: str, value: object) -> int:

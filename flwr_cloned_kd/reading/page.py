@@ -59,7 +59,7 @@ def page(runs: Sequence[LoadedRun], *, target: float | None = None) -> str:
         "consensus": consensus_figures(groups),
         "timeline": timeline_figures(runs),
     }
-    return environment.get_template("page.html").render(
+    text = environment.get_template("page.html").render(
         num_runs=len(runs),
         summary=summary_cells(groups, target),
         remarks=remarks(runs, groups),
@@ -71,3 +71,5 @@ def page(runs: Sequence[LoadedRun], *, target: float | None = None) -> str:
         runs=run_cells(runs),
         plotly=Markup(get_plotlyjs()),
     )
+    # JSON may hold half of a surrogate pair, which no file in UTF-8 can hold.
+    return text.encode(errors="replace").decode()

@@ -1,6 +1,7 @@
 """`python -m flwr_cloned_kd report` compares runs, and its errors say what it expected."""
 
 import builtins
+import json
 import sys
 
 import pytest
@@ -144,6 +145,23 @@ def test_without_the_extra_the_table_is_printed_and_the_install_command(
     assert f"No page: No module named '{package}'" in captured.err
     assert 'pip install "flwr-cloned-kd[report]"' in captured.err
     assert main(["report", str(results), "--no-html"]) == 0
+
+
+def test_the_largest_numbers_and_half_a_character_do_not_stop_it(results, capsys):
+    largest = {"bytes-down": 10**100, "bytes-up": 1e100, "seconds": 1e100, "time": -1e100}
+    largest |= {"number": 1e100, "core-seconds": 1e100, "together": 1e100, "round": 10**100}
+    names = {"cause": "\ud800", "edge": ["\ud800"], "strategy": "\ud800"}
+    venn = {"student-only": 1e400, "both": float("nan"), "teacher-only": 10**400, "consensus": "a"}
+    for seed in (0, 1):
+        rows = [round_row(1, 1e100 * (-1) ** seed), round_row(2, 0.5, **largest, accepted=0)]
+        rows[0] |= largest | venn
+        write_run(results / f"large-{seed}", [row | names for row in rows], seed=seed, lr=1e400)
+    assert main(["report", str(results), "--target", "0.5"]) == 0
+    text = (results.parent / "report.html").read_text()
+    data = text.split('id="figures">')[1].split("</script>")[0]
+    constants = []  # NaN and Infinity, which are no JSON for a browser
+    json.loads(data, parse_constant=constants.append)
+    assert constants == []
 
 
 def test_ten_thousand_rounds_take_seconds(results, capsys):
