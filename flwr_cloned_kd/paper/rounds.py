@@ -21,12 +21,15 @@ from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
 from ..method.core import Core, edge_seed, train_edge
+from ..method.evidence import Evidence
 from ..method.guards import (
-    Evidence,
     Guard,
     Score,
     class_drop,
+    disagreement,
+    drop_confidence,
     ensemble_gap,
+    loss_rise,
     movement,
     train_accuracy_drop,
     train_accuracy_jump,
@@ -101,10 +104,14 @@ def _set_up(run: Run) -> _Setup:
     core = build_core(settings)
     train, held_out = load(settings)
     parts = split(settings, train[1])
-    num_rows = max(2, round(run.core_share * len(parts[0])))
+    dataset = core.dataset
+    if run.central:
+        dataset = train
+    elif run.core_share < 1:
+        dataset = take(train, parts[0][: max(2, round(run.core_share * len(parts[0])))])
     core = replace(
         core,
-        dataset=train if run.central else take(train, parts[0][:num_rows]),
+        dataset=dataset,
         distillation=replace(core.distillation, **with_functions(run.distillation)),
         runtime=replace(core.runtime, log=None),
     )
@@ -237,8 +244,11 @@ SCORES: dict[str, Score] = {
     score.__name__: score
     for score in (
         validation_drop,
+        drop_confidence,
         class_drop,
+        loss_rise,
         ensemble_gap,
+        disagreement,
         movement,
         train_accuracy_drop,
         train_accuracy_jump,
