@@ -35,15 +35,20 @@ REVISITS: dict[str, tuple[float, ...]] = {
 """Attacks that need a second visit -> their strengths."""
 
 UNGUARDED = "none"
-DEFAULT_GUARD = "drop"
-"""The guard that is compared with the row `omitted`."""
+DEFAULT_GUARD = "validation"
+"""The guard that docs/robustness.md recommends; it is compared with the row `omitted`."""
 
 GUARDS: dict[str, Changes] = {
     UNGUARDED: {},
     "jump": {"guard": "jump"},
     "drop": {"guard": "drop"},
+    "validation": {"guard": "validation", "guard_threshold": 0.01},
+    "held back": {"guard": "validation", "guard_threshold": 0.01, "validation_share": 0.2},
+    "gap": {"guard": "gap", "guard_threshold": 0.01},
+    "trust": {"trust": "relative-accuracy"},
 }
-"""Name of a guard -> what differs from the base settings."""
+"""Name of a guard -> what differs from the base settings. "held back" is the guard "validation"
+with a fifth of the core's data held back for it; "trust" weighs edges instead of refusing them."""
 
 OTHER_DEFENCES: dict[str, Changes] = {
     "clipping": {"clip": True},

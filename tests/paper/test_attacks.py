@@ -132,16 +132,16 @@ def records(*rounds):
 
 
 RESULTS = {
-    "clean/drop": [records((0.6, 1, 0), (0.6, 0, 0), (0.8, 1, 0), (0.9, 1, 0))],
+    "clean/validation": [records((0.6, 1, 0), (0.6, 0, 0), (0.8, 1, 0), (0.9, 1, 0))],
     "omitted/none": [records((0.6, 1, 0), (0.6, 0, 1), (0.7, 1, 0), (0.8, 1, 0))],
     "noise, 10/none": [records((0.6, 1, 0), (0.3, 1, 1), (0.5, 1, 1), (0.7, 1, 0))],
-    "noise, 10/drop": [records((0.6, 0, 0), (0.6, 0, 1), (0.5, 1, 1), (0.75, 1, 0))],
+    "noise, 10/validation": [records((0.6, 0, 0), (0.6, 0, 1), (0.5, 1, 1), (0.75, 1, 0))],
 }
 
 
 def test_scores_by_hand():
     summary = attack_scores.reduce(RESULTS)
-    unguarded, guarded = summary["noise, 10/none"], summary["noise, 10/drop"]
+    unguarded, guarded = summary["noise, 10/none"], summary["noise, 10/validation"]
     assert unguarded["right after"]["mean"] == 0.3
     assert unguarded["minus omitted"]["mean"] == pytest.approx(-0.1)
     assert unguarded["precision"] is None
@@ -149,8 +149,8 @@ def test_scores_by_hand():
     assert guarded["honest refused"]["mean"] == 0.5
     assert guarded["precision"] == 0.5
     assert guarded["backdoor"]["mean"] == 0.25
-    assert summary["clean/drop"]["honest refused"]["mean"] == 0.25
-    assert "minus omitted" not in summary["clean/drop"]
+    assert summary["clean/validation"]["honest refused"]["mean"] == 0.25
+    assert "minus omitted" not in summary["clean/validation"]
 
 
 def test_tables_have_a_column_for_each_guard():
@@ -163,15 +163,15 @@ def test_tables_have_a_column_for_each_guard():
     ]
     alarms = markdown(attack_tables.TABLES["false alarms"], summary)
     assert alarms.splitlines() == [
-        "| honest edges refused | drop |",
+        "| honest edges refused | validation |",
         "| --- | --- |",
         "| IID | **0.25** |",
     ]
     cost = markdown(attack_tables.TABLES["cost"], summary).splitlines()[2:]
-    assert cost == ["| none | 0.02 | 2 |", "| drop | 0.02 | 2 |"]
+    assert cost == ["| none | 0.02 | 2 |", "| validation | 0.02 | 2 |"]
 
 
-def with_final(accuracy, edges="noise, 10/drop"):
+def with_final(accuracy, edges="noise, 10/validation"):
     """Return the results with another last core of one row."""
     (first, *others, last), *_ = RESULTS[edges]
     return RESULTS | {edges: [[first, *others, last | {"core-accuracy": accuracy}]]}
@@ -182,7 +182,10 @@ def with_final(accuracy, edges="noise, 10/drop"):
 def test_a_row_is_bold_if_the_default_guard_loses_more_than_a_point(guarded, is_bold):
     summary = attack_scores.reduce(with_final(guarded))
     lines = markdown(attack_tables.TABLES["all"], summary, ["noise, 10"]).splitlines()[2:]
-    assert [line.startswith("| **noise, 10** | **drop** |") for line in lines] == [False, is_bold]
+    assert [line.startswith("| **noise, 10** | **validation** |") for line in lines] == [
+        False,
+        is_bold,
+    ]
     assert lines[0].startswith("| noise, 10 | none | 0.700 | -0.100 | 0.30 | 0.00 |")
 
 
@@ -202,8 +205,8 @@ def test_a_row_is_not_bold_if_the_attack_costs_little_without_a_guard():
     ],
 )
 def test_false_alarms_above_the_limit_of_their_split_are_bold(split, refused, is_bold):
-    summary = attack_scores.reduce({"clean/drop": RESULTS["clean/drop"]})
-    row = summary["clean/drop"] | {"split": split, "honest refused": {"mean": refused}}
+    summary = attack_scores.reduce({"clean/validation": RESULTS["clean/validation"]})
+    row = summary["clean/validation"] | {"split": split, "honest refused": {"mean": refused}}
     table = markdown(attack_tables.TABLES["false alarms"], {"row": row})
     assert ("**" in table) == is_bold
 
@@ -229,7 +232,7 @@ def test_the_second_roc_counts_skewed_edges_as_honest():
         ]
 
     name = "noise, 10/none"  # Its rounds 2 and 3 are bad.
-    skewed = with_movement("clean/drop", (0.3, 0.5, 0.9, 0.1))
+    skewed = with_movement("clean/validation", (0.3, 0.5, 0.9, 0.1))
     summary = attack_scores.reduce(
         {name: with_movement(name, (0.1, 0.2, 0.4, 0.3)), "clean/none/Dirichlet 0.3": skewed}
     )
@@ -334,7 +337,7 @@ def test_a_row_with_all_edges_in_a_round_has_no_refusals():
     assert summary[name]["minus omitted"]["mean"] == pytest.approx(-0.1)
     assert not {"right after", "honest refused", "precision", "roc"} & summary[name].keys()
     cores = markdown(attack_tables.TABLES["cores"], summary).splitlines()
-    assert cores[0] == "| last core | none | drop | median |"
+    assert cores[0] == "| last core | none | validation | median |"
     assert cores[-1] == "| noise, 10 | 0.700 | 0.750 | 0.700 |"
 
 
