@@ -42,8 +42,11 @@ GUARDS: dict[str, Changes] = {
     UNGUARDED: {},
     "jump": {"guard": "jump"},
     "drop": {"guard": "drop"},
+    "validation": {"guard": "validation", "guard_threshold": 0.01},
+    "gap": {"guard": "gap", "guard_threshold": 0.01},
+    "trust": {"trust": "relative-accuracy"},
 }
-"""Name of a guard -> what differs from the base settings."""
+"""Name of a guard, or of a rule of trust -> what differs from the base settings."""
 
 OTHER_DEFENCES: dict[str, Changes] = {
     "clipping": {"clip": True},
