@@ -173,7 +173,8 @@ class ClonedKD(AsyncStrategy):
 
     def _earlier(self, edge: str) -> list[dict[str, Any]]:
         """Return the rounds of an edge so far, for the guard; only a revisited edge has some."""
-        if self.core.guard is None or not self.revisit:
+        asked = self.core.guard is not None or self.core.trust is not None
+        if not asked or not self.revisit:
             return []
         return [row for row in self.history if row["edge"] == edge]
 

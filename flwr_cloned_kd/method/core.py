@@ -198,6 +198,7 @@ class Core:
             if not 0 <= result.weight < float("inf"):
                 raise ValueError(f"weight: expected at least 0, got {result.weight}")
             _check_trust(result.trust)
+            _check_clone_axis(result.edge, state.params)
         core_outputs = None if self._examiner is None else self._examiner.outputs(state.params)
         answers = [self._examine(state, result, core_outputs) for result in results]
         accepted = [answer for answer in answers if answer.metrics["accepted"]]
@@ -490,6 +491,16 @@ def student_start(
             ]
             start[name] = tensor + share * torch.stack(movements).mean(0)
     return start
+
+
+def _check_clone_axis(edge: Ensemble, core: StateDict) -> None:
+    for name, tensor in core.items():
+        if name not in edge or edge[name].shape[1:] != tensor.shape:
+            expected = f"[E{''.join(f', {length}' for length in tensor.shape)}]"
+            actual = list(edge[name].shape) if name in edge else "no such tensor"
+            raise ValueError(
+                f"edge: {name}: expected {expected} as as_ensemble returns it, got {actual}"
+            )
 
 
 def _check_trust(trust: float) -> None:

@@ -1,5 +1,6 @@
 """One Phase 2 for several edges: its teachers, its start, its memory and its twin."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -247,3 +248,14 @@ def test_the_evidence_holds_the_memory_the_losses_and_the_earlier_rounds():
     losses = [float(torch.nn.functional.cross_entropy(outputs, labels)) for outputs in logits]
     assert [calls[3].loss_before, calls[3].loss_after] == pytest.approx(losses)
     assert calls[2].loss_after is None
+
+
+def test_a_plain_model_in_the_place_of_an_ensemble_is_named():
+    core = core_of()
+    state = start_of(core)
+    name, tensor = next(iter(state.params.items()))
+    expected = f"edge: {name}: expected [E, {', '.join(map(str, tensor.shape))}] as as_ensemble"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        core.distill(state, state.params)
+    with pytest.raises(ValueError, match="got no such tensor"):
+        core.distill(state, {})
