@@ -285,6 +285,17 @@ def test_an_edge_that_is_refused_before_phase_2_costs_no_phase_2(tiny, monkeypat
     assert "tried-accuracy" not in records_of[-1]
 
 
+@pytest.mark.parametrize("guard", attacks.GUARDS)
+def test_a_run_with_each_guard_records_what_it_measured(tiny, guard):
+    settings = replace(tiny, **attacks.GUARDS[guard])
+    bad = {"attack": "random weights", "bad_edges": (2,)}
+    *_, second, third = (record for record, _ in play(Run(settings=settings, **bad)))
+    assert {"validation-before", "movement", "accepted"} <= second.keys()
+    assert ("trust" in second) == (guard == "trust")
+    assert ("scores" in second) == (guard in ("none", "trust"))
+    assert third["bad"] == 1
+
+
 def test_an_attack_whose_predictions_are_not_finite_is_refused(tiny):
     bad = {"attack": "movement scaled", "strength": 1e38, "bad_edges": (1,)}
     records_of = [record for record, _ in play(Run(settings=tiny, **bad))]
