@@ -20,7 +20,7 @@ from ..engine.inputs import Dataset
 from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
-from ..method.core import Core, edge_seed, train_edge
+from ..method.core import Core, EdgeResult, edge_seed, train_edge
 from ..method.evidence import Evidence
 from ..method.guards import (
     Guard,
@@ -28,6 +28,7 @@ from ..method.guards import (
     class_drop,
     disagreement,
     drop_confidence,
+    edge_drop,
     ensemble_gap,
     loss_rise,
     movement,
@@ -154,15 +155,18 @@ def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunS
         ensemble = trained.ensemble
         if run.clip:
             ensemble, lengths = clip_to_median(sent, ensemble, lengths)
-        state, metrics = _distill(run, setup.core, before.core, ensemble, sent, edges)
+        earlier = [metrics for metrics in before.metrics if metrics["edges"] == edges]
+        result = EdgeResult(ensemble, sent, run.kd_weight, earlier=earlier)
+        state, metrics = _distill(run, setup.core, before.core, result, edges)
     else:
         state, metrics = _aggregate(run, setup, before.core, trained, sent)
+    metrics["edges"] = edges
+    all_metrics = (*before.metrics, metrics.copy())
     if "core-accuracy" in metrics:  # It is absent if a guard refused the edge before Phase 2.
         metrics["tried-accuracy"] = metrics["core-accuracy"]
     scores, right = _measure(setup, before, state.params, trained)
     record = {
         **metrics,
-        "edges": edges,
         "late": late,
         **scores,
         **_cost(run, setup.core, trained, distilled="train-accuracy" in metrics),
@@ -170,7 +174,7 @@ def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunS
     }
     latest = max((late for _, late in run.order), default=0)
     past = (*before.past, state.params)[-1 - latest :]
-    return record, RunState(server_round, state, past, right, trained.visits, lengths)
+    return record, RunState(server_round, state, past, right, trained.visits, lengths, all_metrics)
 
 
 def _train_edges(
@@ -244,6 +248,7 @@ SCORES: dict[str, Score] = {
     score.__name__: score
     for score in (
         validation_drop,
+        edge_drop,
         drop_confidence,
         class_drop,
         loss_rise,
@@ -278,8 +283,7 @@ def _distill(
     run: Run,
     core: Core,
     state: CoreState,
-    ensemble: Ensemble,
-    sent: StateDict,
+    result: EdgeResult,
     edges: list[int],
 ) -> tuple[CoreState, dict[str, Any]]:
     """Run Phase 2; an oracle refuses the round of a noisy or bad edge.
@@ -294,7 +298,7 @@ def _distill(
     elif core.guard is None:
         core = replace(core, guard=_watch(scores))
     try:
-        state, metrics = core.distill(state, ensemble, sent=sent, weight=run.kd_weight)
+        state, (metrics,) = core.distill_all(state, [result])
     except ValueError as error:
         if not run.attack:
             raise

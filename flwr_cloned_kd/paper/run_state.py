@@ -25,6 +25,8 @@ class RunState:
         visits: bad edge -> its latest visit.
         lengths: of the movements of all clones so far, see `combining.clip_to_median`; empty in a
             run that does not clip.
+        metrics: what `Core.distill` returned in each round so far, with "edges", the edges of the
+            round; for the guard, which may know the earlier rounds of an edge.
     """
 
     server_round: int
@@ -33,6 +35,7 @@ class RunState:
     right: Tensor
     visits: dict[int, Visit] = field(default_factory=dict)
     lengths: tuple[float, ...] = ()
+    metrics: tuple[dict[str, Any], ...] = ()
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return this state as named tensors and a header that JSON can hold."""
@@ -48,6 +51,7 @@ class RunState:
             "past": len(self.past),
             "visits": {str(edge): visit.number for edge, visit in self.visits.items()},
             "lengths": list(self.lengths),
+            "metrics": list(self.metrics),
         }
 
     @classmethod
@@ -73,6 +77,7 @@ class RunState:
                 for edge, number in header.get("visits", {}).items()
             },
             lengths=tuple(header.get("lengths", ())),
+            metrics=tuple(header.get("metrics", ())),
         )
 
 

@@ -248,11 +248,22 @@ def test_the_second_roc_counts_skewed_edges_as_honest():
 def test_a_run_without_a_guard_records_the_scores_of_each_edge(tiny):
     bad = {"attack": "noise", "strength": 10.0, "bad_edges": (1,)}
     *_, second, third = (record for record, _ in play(Run(settings=tiny, **bad)))
+    # The preset has a memory of one ensemble, which is empty only in the first round.
     assert second["scores"].keys() == third["scores"].keys() == attack_scores.SCORES.keys()
     assert second["scores"]["movement"] > third["scores"]["movement"]
     assert third["scores"]["train_accuracy_drop"] == pytest.approx(
         second["train-accuracy"] - third["train-accuracy"]
     )
+
+
+def test_the_scores_of_a_second_visit_know_the_first(tiny):
+    bad = {"attack": "movement scaled", "strength": -50.0, "bad_edges": (0,)}
+    run = Run(settings=tiny, order=((0, 0), (1, 0), (0, 0)), **bad)
+    first, other, second = (record["scores"] for record, _ in [*play(run)][1:])
+    assert first["edge_drop"] == first["validation_drop"]
+    assert other["edge_drop"] == other["validation_drop"]
+    assert first["validation_drop"] != 0
+    assert second["edge_drop"] == first["validation_drop"] + second["validation_drop"]
 
 
 def test_a_guard_that_only_watches_leaves_the_core_as_it_is(tiny, monkeypatch):
@@ -275,6 +286,17 @@ def test_an_edge_that_is_refused_before_phase_2_costs_no_phase_2(tiny, monkeypat
     assert [record["images"] for record in records_of[1:]] == [15 * 3] * 3
     assert records_of[-1]["core-accuracy"] == records_of[0]["core-accuracy"]
     assert "tried-accuracy" not in records_of[-1]
+
+
+@pytest.mark.parametrize("guard", attacks.GUARDS)
+def test_a_run_with_each_guard_records_what_it_measured(tiny, guard):
+    settings = replace(tiny, **attacks.GUARDS[guard])
+    bad = {"attack": "random weights", "bad_edges": (2,)}
+    *_, second, third = (record for record, _ in play(Run(settings=settings, **bad)))
+    assert {"validation-before", "movement", "accepted"} <= second.keys()
+    assert ("trust" in second) == (guard == "trust")
+    assert ("scores" in second) == (guard in ("none", "trust"))
+    assert third["bad"] == 1
 
 
 def test_an_attack_whose_predictions_are_not_finite_is_refused(tiny):
