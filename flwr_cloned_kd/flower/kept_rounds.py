@@ -208,7 +208,7 @@ class KeptRounds:
         try:
             return KeptRound.from_state_dict(*read(path, entry.sha256), like)
         except OSError as error:
-            raise ValueError(f"{path}: expected a kept round, got {error.strerror}") from None
+            raise ValueError(f"{path}: expected a kept round, got {error}") from None
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a complete header, got {error!r}") from None
         except Damaged:
