@@ -19,8 +19,8 @@ from ..engine.tasks import classification
 from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
-from ..method.core import Core, EdgeResult, edge_seed
-from ..method.rollback import KeptAnswer, KeptRound, disagreement, replay
+from ..method.core import Core, edge_seed
+from ..method.rollback import KeptAnswer, KeptRound, accepted_of, disagreement, replay
 from ..method.state import CoreState
 from ..method.variants import Send, cloned
 from .kept_rounds import Entry, KeptRounds
@@ -264,20 +264,27 @@ class ClonedKD(AsyncStrategy):
             sent_version=used_version - answer.staleness,
             used_version=used_version,
             weight=weight,
+            earlier=self._earlier(dispatch.edge),
         )
         return {**reported, "num-clones": size(edge)}, read
 
     def _distil(self, answers: Sequence[KeptAnswer]) -> tuple[CoreState, list[dict[str, Any]]]:
-        results = [EdgeResult(answer.ensemble, answer.sent, answer.weight) for answer in answers]
-        return self.core.distill_all(self.current, results)
+        return self.core.distill_all(self.current, [answer.result for answer in answers])
 
     def _take(
         self, state: CoreState, answers: Sequence[KeptAnswer], metrics: Sequence[Mapping[str, Any]]
     ) -> None:
         """Take over a new state of the core; keep what it was made of."""
-        accepted = [answer for answer, row in zip(answers, metrics) if row["accepted"]]
-        self._kept.add(KeptRound(self.current, tuple(accepted)))
+        accepted = accepted_of(answers, metrics)
+        self._kept.add(KeptRound(self.current, accepted))
         self._publish(state, self.version + len(accepted))
+
+    def _earlier(self, edge: str) -> list[dict[str, Any]]:
+        """Return the rounds of an edge so far, for the guard; only a revisited edge has some."""
+        asked = self.core.guard is not None or self.core.trust is not None
+        if not asked or not self.revisit:
+            return []
+        return [row for row in self.history if row["edge"] == edge]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the core and its temporal memory, and the list of the kept rounds."""

@@ -200,7 +200,7 @@ class KeptRounds:
                 before = replace(kept.before, memory=memory, memory_weights=weights)
                 yield kept._replace(before=before)
             memory = (*memory, *(answer.ensemble for answer in kept.answers))
-            weights = (*weights, *(answer.weight for answer in kept.answers))
+            weights = (*weights, *(answer.weight * answer.trust for answer in kept.answers))
             memory, weights = memory[-self.memory_size :], weights[-self.memory_size :]
 
     def _read(self, entry: Entry, like: Mapping[str, Tensor]) -> KeptRound:

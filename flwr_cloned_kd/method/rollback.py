@@ -11,7 +11,7 @@ from ..engine.ensemble import Ensemble, StateDict, clone, member
 from ..engine.fit import predict
 from ..engine.tasks import counting
 from .core import Core, EdgeResult
-from .guards import share
+from .evidence import share
 from .state import CoreState, ensemble_at, prefixed
 
 
@@ -31,6 +31,15 @@ class KeptAnswer(NamedTuple):
     """Version of the core when the answer came to be used; the staleness is the difference."""
     weight: float = 1.0
     """Weight of the KD term of this edge, at least 0."""
+    trust: float = 1.0
+    """How far the core trusted this edge, in [0, 1]."""
+    earlier: Sequence[Mapping[str, Any]] = ()
+    """Rows of the earlier rounds of this edge, see `EdgeResult`."""
+
+    @property
+    def result(self) -> EdgeResult:
+        """What `Core.distill_all` gets; the core asks its rule of trust itself."""
+        return EdgeResult(self.ensemble, self.sent, self.weight, earlier=self.earlier)
 
 
 class KeptRound(NamedTuple):
@@ -81,7 +90,7 @@ class KeptRound(NamedTuple):
         before = CoreState.from_state_dict(tensors, header["core"], like)
         answers = list[KeptAnswer]()
         for index, row in enumerate(header["answers"]):
-            entries = dict(row)
+            entries = {**row, "earlier": tuple(row["earlier"])}
             sent = before.params
             if not entries.pop("was_sent_core"):
                 sent = member(ensemble_at(f"sent-{index}", tensors, like), 0)
@@ -99,6 +108,8 @@ class Replayed(NamedTuple):
     after: CoreState
     refused: dict[int, str]
     """Number of a request -> why its answer was refused now."""
+    metrics: dict[int, dict[str, Any]]
+    """Number of a request -> what the core has measured now."""
 
 
 def replay(
@@ -113,9 +124,12 @@ def replay(
     distillations and has refused the answers of these edges. Phase 2 draws its seed from the
     version of the core, which counts the answers that it has learned from.
 
-    The guard of the core is asked again, and it may now refuse an answer that it has accepted.
-    Such an answer is left out, too. The staleness of a later answer does not count the answers that
-    are left out. An edge that was sent a core that had learned from them is not trained again.
+    The guard and the rule of trust of the core are asked again. The guard may now refuse an answer
+    that it has accepted; such an answer is left out, too. Of the earlier rounds of an edge they get
+    the metrics of the repetition, and those that the run has recorded where nothing is repeated.
+
+    The staleness of a later answer does not count the answers that are left out. An edge that was
+    sent a core that had learned from them is not trained again.
 
     Args:
         rounds: consecutive distillations of one run, oldest first; read one after the other. Of the
@@ -130,6 +144,7 @@ def replay(
     state: CoreState | None = None
     undone = list[int]()
     """Versions of the core that no longer exist, in the numbering of `rounds`."""
+    measured = dict[int, dict[str, Any]]()
 
     def renumbered(version: int) -> int:
         return version - sum(gone <= version for gone in undone)
@@ -140,46 +155,59 @@ def replay(
         has_changed = used - sent != answer.used_version - answer.sent_version
         if has_changed and staleness_weight is not None:
             weight = staleness_weight(used - sent)
-        return answer._replace(sent_version=sent, used_version=used, weight=weight)
+        earlier = tuple({**row, **measured.get(row["number"], {})} for row in answer.earlier)
+        return answer._replace(sent_version=sent, used_version=used, weight=weight, earlier=earlier)
 
     for kept in rounds:
         state = kept.before if state is None else state
         left = [present(answer) for answer in kept.answers if answer.edge not in edges]
-        replayed = _learn(core, state, left) if left else Replayed((), state, {})
+        replayed = _learn(core, state, left) if left else Replayed((), state, {}, {})
         learned = {answer.number for made in replayed.rounds for answer in made.answers}
         first = kept.before.version + 1
         for version, answer in enumerate(kept.answers, first):
             if answer.number not in learned:
                 undone.append(version)
         state = replayed.after
+        measured |= replayed.metrics
         yield replayed
 
 
 def _learn(core: Core, state: CoreState, answers: Sequence[KeptAnswer]) -> Replayed:
     """Distil answers together, or one by one if they are refused together."""
-    results = [EdgeResult(answer.ensemble, answer.sent, answer.weight) for answer in answers]
     try:
-        after, metrics = core.distill_all(state, results)
+        after, metrics = core.distill_all(state, [answer.result for answer in answers])
     except ValueError as error:  # a prediction or a weight that is not finite
-        after, metrics = state, [{"accepted": 0.0, "cause": str(error)}] * len(answers)
-    accepted = tuple(answer for answer, row in zip(answers, metrics) if row["accepted"])
-    if accepted:
-        causes = {
-            answer.number: str(row["cause"])
-            for answer, row in zip(answers, metrics)
-            if not row["accepted"]
-        }
-        return Replayed((KeptRound(state, accepted),), after, causes)
-    if len(answers) == 1:
-        return Replayed((), state, {answers[0].number: str(metrics[0]["cause"])})
-    made = list[KeptRound]()
-    refused = dict[int, str]()
-    for answer in answers:
-        alone = _learn(core, state, [answer])
-        made += alone.rounds
-        refused |= alone.refused
-        state = alone.after
-    return Replayed(tuple(made), state, refused)
+        after, metrics = state, [{"accepted": 0.0, "cause": str(error)} for _ in answers]
+    if after is state and len(answers) > 1:
+        rounds: tuple[KeptRound, ...] = ()
+        refused = dict[int, str]()
+        measured = dict[int, dict[str, Any]]()
+        for answer in answers:
+            alone = _learn(core, after, [answer])
+            rounds += alone.rounds
+            after = alone.after
+            refused |= alone.refused
+            measured |= alone.metrics
+        return Replayed(rounds, after, refused, measured)
+    of_number = {answer.number: row for answer, row in zip(answers, metrics)}
+    causes = {number: str(row["cause"]) for number, row in of_number.items() if not row["accepted"]}
+    accepted = accepted_of(answers, metrics)
+    return Replayed(((KeptRound(state, accepted),) if accepted else ()), after, causes, of_number)
+
+
+def accepted_of(
+    answers: Sequence[KeptAnswer], metrics: Sequence[Mapping[str, Any]]
+) -> tuple[KeptAnswer, ...]:
+    """Return the answers that a core has accepted, with its trust in each.
+
+    Args:
+        metrics: what `Core.distill_all` returned, one for each answer.
+    """
+    return tuple(
+        answer._replace(trust=row.get("trust", 1.0))
+        for answer, row in zip(answers, metrics)
+        if row["accepted"]
+    )
 
 
 def disagreement(core: Core, params: StateDict, edge: Ensemble) -> float:

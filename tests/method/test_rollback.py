@@ -228,3 +228,34 @@ def test_an_ensemble_disagrees_where_only_one_of_the_two_is_right():
     right = core.model.eval()(inputs).argmax(1) == labels
     expected = (right != (labels == 2)).double().mean()
     assert disagreement(core, params, other) == pytest.approx(float(expected))
+
+
+def test_the_rule_of_trust_is_asked_again_and_kept_with_the_answer():
+    """The second half of the weights in the memory is a trust that depends on the core."""
+    rounds, sent, _ = played()
+
+    def trust(evidence):
+        return 0.5 if len(evidence.history) > 1 else 1.0
+
+    core = tiny_core(trust=trust)
+    replays = list(replay(core, rounds, {"a"}, weight_of))
+    twin_rounds, _, twin = distil(core, sent, refused={"a"})
+    assert same_state(replays[-1].after, twin)
+    (made,) = replays[-1].rounds
+    assert [answer.trust for answer in made.answers] == [0.5]
+    assert len(twin_rounds) == len(replays) - 1
+
+
+def test_the_guard_gets_the_metrics_of_the_repetition_for_earlier_rounds():
+    rounds, _, _ = played()
+    seen = []
+
+    def guard(evidence):
+        seen.extend(row["train-accuracy"] for row in evidence.earlier)
+
+    (answer,) = rounds[4].answers
+    earlier = [{"number": 4, "train-accuracy": -1.0}, {"number": 0, "train-accuracy": -2.0}]
+    later = rounds[4]._replace(answers=(answer._replace(earlier=earlier),))
+    replays = list(replay(tiny_core(guard=guard), [*rounds[2:4], later], {"f"}, weight_of))
+    measured = replays[0].metrics[4]["train-accuracy"]
+    assert seen == [measured, -2.0] * 2
