@@ -97,7 +97,9 @@ def files(path):
 
 @pytest.mark.parametrize("options", [{}, LATE, TOGETHER], ids=["alone", "late", "together"])
 @pytest.mark.parametrize("edge", ["0", "1", "3"])
-def test_a_resumed_run_is_one_that_has_refused_the_quarantined_edge(path, options, edge):
+def test_a_resumed_run_is_one_that_has_refused_the_quarantined_edge(
+    path, options, edge, flower_log
+):
     """The core of this test does not use what an edge was sent (`student_start` is 0)."""
     replies = {}
     before = play(path, nodes=edges(replies), keep_rounds=9, **options)
@@ -110,9 +112,8 @@ def test_a_resumed_run_is_one_that_has_refused_the_quarantined_edge(path, option
     # It is on disk: a run that resumes from this one has nothing to undo.
     again = play(path, keep_rounds=9, quarantine=[edge], **options)
     assert same_core(again, twin)
-    assert [row.get("undone") for row in again.history] == [
-        row.get("undone") for row in after.history
-    ]
+    assert [row["edge"] for row in again.history if row.get("undone")] == [edge]
+    assert sum(line.startswith("Undid") for line in flower_log) == 1
 
 
 @pytest.mark.parametrize("options", [{}, LATE, TOGETHER], ids=["alone", "late", "together"])
@@ -150,6 +151,29 @@ def test_an_edge_is_undone_after_another_restart(path):
     twin = play(nodes=edges(replayed=replies, spoiled=["0", "2"]))
     assert same_core(last, twin)
     assert [bool(row.get("undone")) for row in last.history] == [1, 0, 1, 0, 0]
+
+
+def test_a_running_server_that_has_resumed_after_an_undo_undoes_another_edge(path):
+    """Versions are still counted as in one run: a late edge has the staleness of the twin."""
+    replies, strategies = {}, []
+    play(path, rounds=2, nodes=edges(replies), keep_rounds=9, **LATE)
+    first = play(path, rounds=2, keep_rounds=9, quarantine=["1"], **LATE)
+    assert (first.version, first.state.version) == (2, 1)
+
+    def operate(row):
+        if row["round"] == 3:
+            strategies[0].quarantine(row["edge"])
+
+    core = victim.make().core
+    strategy = ClonedKD(
+        core, num_clones=2, checkpoint=path, keep_rounds=9, on_round=operate, **LATE
+    )
+    strategies.append(strategy)
+    grid = VirtualGrid(edges(replies), compute=by_edge(2, 3, 4, 1, 1), core=5.0)
+    strategy.start(grid, ArrayRecord(core.model.state_dict()), num_rounds=5, timeout=50)
+    assert (strategy.version, strategy.state.version) == (5, 3)
+    assert [bool(row.get("undone")) for row in strategy.history] == [0, 1, 1, 0, 0]
+    assert [row["staleness"] for row in strategy.history[3:]] == [0, 1]
 
 
 def test_a_quarantined_edge_is_never_asked_even_after_a_restart(path):
