@@ -4,6 +4,7 @@ Lee, Yoo and Kwak, "Asynchronous Edge Learning using Cloned Knowledge Distillati
 """
 
 from .asynchronous.accounts import accounts
+from .asynchronous.callbacks import Callback, RunStart
 from .asynchronous.staleness import ConstantStaleness, HingeStaleness, PolynomialStaleness
 from .asynchronous.strategy import AsyncStrategy
 from .asynchronous.timeline import Event, draw_timeline
@@ -78,6 +79,7 @@ __all__ = [
     "AllOf",
     "AnyOf",
     "AsyncStrategy",
+    "Callback",
     "Classification",
     "ClipClones",
     "ClonedKD",
@@ -106,6 +108,7 @@ __all__ = [
     "PolynomialStaleness",
     "Recipe",
     "Regression",
+    "RunStart",
     "Runtime",
     "SeveralLabels",
     "StateDict",
