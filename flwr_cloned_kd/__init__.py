@@ -41,6 +41,10 @@ from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
 from .flower.train_clones import train_clones
+from .loggers.live import LiveView
+from .loggers.mlflow import MlflowLogger
+from .loggers.tensorboard import TensorBoardLogger
+from .loggers.wandb import WandbLogger
 from .method.calibration import calibrate
 from .method.consensus import Venn
 from .method.core import Core, edge_seed, train_edge
@@ -102,8 +106,10 @@ __all__ = [
     "Knowledge",
     "LegacyClonedKD",
     "Limit",
+    "LiveView",
     "LocalDpClones",
     "LogNormal",
+    "MlflowLogger",
     "Plateau",
     "PolynomialStaleness",
     "Recipe",
@@ -113,12 +119,14 @@ __all__ = [
     "SeveralLabels",
     "StateDict",
     "Task",
+    "TensorBoardLogger",
     "Trace",
     "TrainAccuracyDrop",
     "TrainAccuracyJump",
     "Variant",
     "Venn",
     "VirtualGrid",
+    "WandbLogger",
     "accounts",
     "accuracy",
     "as_dataset",
