@@ -1,6 +1,7 @@
 """Seeing a run while it runs: the methods that a strategy calls as things happen."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
@@ -141,8 +142,18 @@ class Callbacks:
         for callback in self._active:
             _call(callback.absorbed if row["accepted"] else callback.refused, dict(row))
 
-    def finish(self, error: BaseException | None) -> None:
-        """Call `finished`."""
+    @contextmanager
+    def watch(self, run: RunStart) -> Iterator[None]:
+        """Call `started` on entry, and `finished` on exit, however the run ends."""
+        try:
+            self.start(run)
+            yield
+        except BaseException as error:
+            self._finish(error)
+            raise
+        self._finish(None)
+
+    def _finish(self, error: BaseException | None) -> None:
         self.catch_up()
         for callback in self._active:
             _call(callback.finished, error)

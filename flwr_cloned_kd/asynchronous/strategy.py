@@ -3,8 +3,7 @@
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, TypedDict
@@ -219,7 +218,7 @@ class AsyncStrategy(Strategy):
         if not self._resume(result):
             self.begin(initial_arrays)
             _evaluate(evaluate_fn, 0, initial_arrays, result)
-        with self._watched(num_rounds):
+        with self._callbacks.watch(self._run_start(num_rounds)):
             if len(self.history) < num_rounds:
                 with self._courier(grid, num_rounds, train_config or ConfigRecord()) as courier:
                     self._run(courier, num_rounds, result, evaluate_fn)
@@ -409,17 +408,6 @@ class AsyncStrategy(Strategy):
             max_in_flight=self.max_in_flight,
             timeout=self._timeout,
         )
-
-    @contextmanager
-    def _watched(self, num_rounds: int) -> Iterator[None]:
-        """Call the callbacks at the start and at the end of a run, however it ends."""
-        try:
-            self._callbacks.start(self._run_start(num_rounds))
-            yield
-        except BaseException as error:
-            self._callbacks.finish(error)
-            raise
-        self._callbacks.finish(None)
 
     def _run_start(self, num_rounds: int | None) -> RunStart:
         options = ("max_in_flight", "max_together", "max_staleness", "revisit", "max_failures")
