@@ -21,9 +21,8 @@ def load(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         command = f'pip install "flwr-cloned-kd[{extra}]"'
-        raise ImportError(
-            f"{extra}: expected it to be installed ({command}), got: {error}"
-        ) from None
+        message = f"{extra}: expected an installed package ({command}), got {error}"
+        raise ImportError(message) from None
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
