@@ -29,6 +29,8 @@ MIN_LINE_SECONDS = 60.0
 MAX_REQUESTS = 6
 """Requests that the view lists; it counts the others."""
 BAR_WIDTH = 30
+MAX_TIMES = 21
+"""Rounds whose ends give the time that a round takes, the newest ones."""
 MAX_BARS = 40
 """Accuracies in the small chart, the newest ones."""
 BARS = "▁▂▃▄▅▆▇█"
@@ -68,6 +70,7 @@ class LiveView(Callback):
         self._has_bars = True
         self._end = ""
         self._began = 0.0
+        self._ended_at: list[float] = []
         self._line_at = 0.0
         self._screen = ExitStack()
         # The events are read by the thread that draws, and by the thread of the run.
@@ -82,6 +85,7 @@ class LiveView(Callback):
         self._end = ""
         self._num_read = 0
         self._requests = {}
+        self._ended_at = []
         self._began = self._line_at = time.monotonic()
         console = self.console
         if console is None:
@@ -95,14 +99,18 @@ class LiveView(Callback):
                 console=console,
                 get_renderable=self.picture,
                 refresh_per_second=REFRESHES_PER_SECOND,
+                # What the user sends to a file must get there.
+                redirect_stdout=sys.stdout.isatty(),
+                redirect_stderr=sys.stderr.isatty(),
             )
             self._screen.enter_context(live)
             self._screen.enter_context(_redirected_handlers())
 
     def absorbed(self, row: dict[str, Any]) -> None:
         """Add a round to the view."""
-        self._rows.append(row)
         now = time.monotonic()
+        self._ended_at.append(now)
+        self._rows.append(row)
         if not self._is_live and now - self._line_at >= MIN_LINE_SECONDS:
             self._line_at = now
             log(INFO, "%s", self._line())
@@ -152,12 +160,14 @@ class LiveView(Callback):
     def _times(self, num_rounds: int) -> str:
         """Return the time that has passed and, after the first round, the time that is left."""
         passed = time.monotonic() - self._began
-        if self._run is None or self._run.num_rounds is None:
+        ended_at = self._ended_at[-MAX_TIMES:]
+        if self._run is None or self._run.num_rounds is None or not ended_at:
             return clock(passed)
-        num_own = num_rounds - len(self._run.history)
-        if num_own < 1:
-            return clock(passed)
-        left = passed / num_own * (self._run.num_rounds - num_rounds)
+        if len(ended_at) == 1:
+            seconds = ended_at[0] - self._began
+        else:  # the first round has the start of the clients in it
+            seconds = (ended_at[-1] - ended_at[0]) / (len(ended_at) - 1)
+        left = seconds * (self._run.num_rounds - num_rounds)
         return f"{clock(passed)}, about {clock(left)} left"
 
     def _under_way(self) -> list[Event]:

@@ -43,7 +43,8 @@ def lines_of(console):
 
 def test_the_view_shows_rounds_time_left_accuracy_requests_bytes_and_refusals():
     rows = lines_of(film(6))
-    assert re.fullmatch(r"ClonedKD +━+[╸╺]━+ +5 of 9 rounds, 0:05:43, about 0:04:34 left", rows[0])
+    # Rounds 1 to 5 ended at 101, 141, 181, 263 and 303 s; four are left: 4 (303 - 101) / 4 s.
+    assert re.fullmatch(r"ClonedKD +━+[╸╺]━+ +5 of 9 rounds, 0:05:43, about 0:03:22 left", rows[0])
     # Four rounds of five were accepted; the fifth refused edge 6.
     assert rows[1:] == [
         "core accuracy  ▁▅▆█ 0.846, best 0.846",
@@ -131,8 +132,12 @@ def test_a_resumed_run_continues_the_bar_and_counts_its_own_rounds_for_the_time_
     assert "5 of 10 rounds, 0:00:00\n" in text_of(view)
     now.seconds = 30.0
     view.absorbed(row(6))
-    # 30 s for one round of its own, and four are left.
+    # 30 s for the one round of its own, and four are left.
     assert "6 of 10 rounds, 0:00:30, about 0:02:00 left" in text_of(view)
+    now.seconds = 40.0
+    view.absorbed(row(7))
+    # The round after the first one took 10 s, and three are left.
+    assert "7 of 10 rounds, 0:00:40, about 0:00:30 left" in text_of(view)
 
 
 def test_bars_go_from_the_least_to_the_largest_of_the_newest_values():
@@ -177,6 +182,13 @@ def test_the_view_changes_while_the_model_learns():
     assert shown.is_set()
 
 
+class Screen(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
 @pytest.mark.parametrize("error", [None, KeyError("x"), KeyboardInterrupt()])
 def test_the_terminal_is_given_back_however_the_run_ends(error, monkeypatch):
     class Ends(Tally):
@@ -187,7 +199,7 @@ def test_the_terminal_is_given_back_however_the_run_ends(error, monkeypatch):
                 raise error
             return super().absorb(dispatch, content, staleness)
 
-    screen = io.StringIO()
+    screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     handler = logging.StreamHandler(screen)
     logger = logging.getLogger("flwr")
@@ -205,6 +217,21 @@ def test_the_terminal_is_given_back_however_the_run_ends(error, monkeypatch):
     assert "a line of the log" not in screen.getvalue()
     end = "finished in" if error is None else f"ended by {type(error).__name__} in"
     assert end in written
+
+
+def test_what_is_sent_to_a_file_gets_there(monkeypatch):
+    class Prints(Tally):
+        def absorb(self, dispatch, content, staleness):
+            print("for the file")
+            return super().absorb(dispatch, content, staleness)
+
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(sys, "stderr", Screen())
+    strategy = Prints(callbacks=[LiveView()])
+    strategy.start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    assert file.getvalue() == "for the file\n"
+    assert "1 of 1 rounds" in sys.stderr.getvalue()
 
 
 def test_without_a_terminal_a_line_a_minute_says_what_the_log_does_not(flower_log, monkeypatch):
