@@ -7,34 +7,12 @@ from flwr.app import Error, Message
 from flwr.serverapp.strategy import Strategy
 
 from flwr_cloned_kd import Callback, FedAsync, VirtualGrid
+from tests.helpers.diary import METHODS, Diary
 from tests.helpers.fake_grid import FakeGrid, silent
 from tests.helpers.federation import NOTHING, Tally, adds
 from tests.helpers.scripted import by_edge, nodes, run
 
 ENOUGH_SECONDS = 30
-METHODS = ("started", "asked", "arrived", "absorbed", "refused", "finished")
-
-
-class Diary(Callback):
-    """Keeps every call with its argument, and the threads of the calls."""
-
-    def __init__(self):
-        self.calls = []
-        self.threads = set()
-
-    def _keep(self, name, value):
-        self.calls.append((name, value))
-        self.threads.add(threading.current_thread())
-
-    def names(self):
-        return [name for name, _ in self.calls]
-
-    def of(self, *names):
-        return [value for name, value in self.calls if name in names]
-
-
-for method in METHODS:
-    setattr(Diary, method, lambda self, value, name=method: self._keep(name, value))
 
 
 def crash(message, context):
