@@ -21,6 +21,9 @@ EXTRAS = {
     "digits": ("sklearn",),
     "plots": ("matplotlib", "matplotlib_venn"),
     "datasets": ("flwr_datasets",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "report": ("plotly", "jinja2"),
 }
 """Extras of the package, and the modules that come with each."""
