@@ -8,7 +8,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICK := not simulation and not package and not deployment and not gpu and not slow
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+# Versions that have wheels for this Python; matplotlib-venn has none.
+LOWEST := --resolution lowest-direct --only-binary :all: --no-binary matplotlib-venn
 
 .PHONY: demo test quick dist package deployment clean
 
@@ -35,6 +38,15 @@ dist: .venv/.dist
 package: .venv/.dev dist
 	$(BIN)/python -m pytest -m package --durations=5
 
+# What the lower bounds of pyproject.toml mean for this Python, and no constraint at all.
+constraints-lowest.txt: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet $(LOWEST) --python $(BIN)/python --extra simulation --extra digits \
+		--extra plots --extra datasets --output-file $@ pyproject.toml
+
+constraints-newest.txt:
+	touch $@
+
 quick: .venv/.dev
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2
 
@@ -43,17 +55,17 @@ quick: .venv/.dev
 		{ echo "expected Python 3.11 or newer, got $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.demo: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
 	$(PIP_INSTALL) --editable ".[simulation,digits,plots]"
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
 	$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ .venv/.demo .venv/.dist
 
-.venv/.dist: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.dist: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	$(PIP_INSTALL) hatchling uv
 	@touch $@
 
