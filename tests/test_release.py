@@ -87,3 +87,9 @@ def test_the_pinned_versions_satisfy_every_requirement():
     for requirement in map(Requirement, texts):
         if requirement.name != PROJECT["name"]:
             assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_the_page_on_installation_lists_every_extra_for_users():
+    page = (ROOT / "docs" / "install.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    assert listed == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}

@@ -2,47 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from importlib.metadata import Distribution, distribution
+from collections.abc import Iterable
+from importlib.metadata import Distribution
 from pathlib import Path
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 SCRIPTS = f"../../../{Path(sys.executable).parent.name}/"
 """Where the commands of a distribution are, seen from its site-packages."""
-
-
-def closure(requirements: Iterable[str], extras: Iterable[str]) -> dict[str, Distribution]:
-    """Return what pip would install for these requirements with these extras, by name.
-
-    Raises:
-        PackageNotFoundError: if a requirement is not installed in the present environment.
-        ValueError: if it is installed in another version than the requirement allows.
-    """
-    distributions: dict[str, Distribution] = {}
-    visited = set()
-    waiting = list(applicable(requirements, extras))
-    while waiting:
-        requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        present = distribution(name).version
-        if not requirement.specifier.contains(present, prereleases=True):
-            raise ValueError(f"{name}: expected {requirement.specifier}, got {present}")
-        distributions[name] = distribution(name)
-        wanted = (name, frozenset(requirement.extras))
-        if wanted not in visited:
-            visited.add(wanted)
-            waiting += applicable(distributions[name].requires or [], requirement.extras)
-    return distributions
-
-
-def applicable(requirements: Iterable[str], extras: Iterable[str]) -> Iterator[Requirement]:
-    """Yield the requirements whose markers hold on this machine with these extras or without."""
-    for requirement in map(Requirement, requirements):
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-            yield requirement
 
 
 def create(folder: Path, distributions: Iterable[Distribution]) -> Path:

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.extras import closure
 from flwr_cloned_kd.__main__ import EXTRAS
-from tests.helpers.environments import closure, create
+from tests.helpers.environments import create
 
 pytestmark = pytest.mark.package
 
