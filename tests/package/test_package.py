@@ -30,7 +30,7 @@ pytestmark = pytest.mark.package
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 STEM = f"flwr_cloned_kd-{PROJECT['version']}"
-FOR_USERS = sorted(set(PROJECT["optional-dependencies"]) - {"dev"})
+FOR_USERS = sorted(set(PROJECT["optional-dependencies"]) - {"dev", "docs"})
 IN_DEV = set(re.search(r"\[(.*)\]", PROJECT["optional-dependencies"]["dev"][0])[1].split(","))
 """Extras that CI installs."""
 
@@ -106,7 +106,7 @@ def test_the_metadata_says_what_an_index_shows(metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert set(metadata.get_all("Provides-Extra")) == {*FOR_USERS, "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
 
 
 def test_the_sdist_holds_what_a_developer_needs(sources):
@@ -148,6 +148,13 @@ def test_without_extras_everything_can_be_imported_and_the_algorithm_runs(instal
     assert {"flwr_cloned_kd", "flwr_cloned_kd.apps", "flwr_cloned_kd.paper"} <= set(report["help"])
     for name, text in report["help"].items():
         assert text.startswith(f"usage: python -m {name}"), name
+
+
+@pytest.mark.parametrize("name", PROJECT.get("scripts", {}))
+def test_a_console_command_answers(name, install, tmp_path):
+    completed = run([install().with_name(name), "--help"], cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.startswith("usage: ")
 
 
 def test_an_example_without_its_extra_says_what_to_install(install, sources, tmp_path):
