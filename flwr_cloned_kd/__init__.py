@@ -71,6 +71,7 @@ from .method.knowledge import (
 from .method.presets import PRESETS, practical, unselective
 from .method.state import CoreState
 from .method.variants import VARIANTS, Variant, cloned
+from .reading.runs import LoadedRun, load_run, load_runs
 from .virtual.durations import Constant, Draw, Exponential, LogNormal, Trace
 from .virtual.grid import VirtualGrid
 
@@ -105,6 +106,7 @@ __all__ = [
     "Knowledge",
     "LegacyClonedKD",
     "Limit",
+    "LoadedRun",
     "LocalDpClones",
     "LogNormal",
     "Plateau",
@@ -151,6 +153,8 @@ __all__ = [
     "load_digits",
     "load_huggingface",
     "load_npz",
+    "load_run",
+    "load_runs",
     "loss_rise",
     "member",
     "movement",
