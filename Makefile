@@ -1,6 +1,7 @@
 # make demo   run the 9-edge digits setup: cloned KD, then Flower's FedAvg and FedProx
 # make test   ruff, mypy --strict and the tests, but those marked slow, gpu or deployment
 # make quick  the tests that start no Flower processes
+# make docs    the documentation site in site/; a broken link or a failing cell of the tutorial is an error
 # make deployment   the tests with SuperLink and SuperNodes; 5 minutes, not part of make test
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 QUICK := not simulation and not deployment and not gpu and not slow
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick deployment clean
+.PHONY: demo test quick docs deployment clean
 
 # One thread: a second gains nothing on so small a model, and costs tenfold where others use the CPU.
 demo: .venv/.demo
@@ -28,6 +29,9 @@ deployment: .venv/.dev
 quick: .venv/.dev
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2
 
+docs: .venv/.dev
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "expected Python 3.11 or newer, got $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
@@ -44,4 +48,4 @@ quick: .venv/.dev
 	@touch $@ .venv/.demo
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv results site

@@ -14,7 +14,7 @@ from ..engine.recipe import fold_in
 class Visit(NamedTuple):
     """What a bad edge remembers of its visits.
 
-    Args:
+    Attributes:
         number: of this visit; the first is 0.
         sent: the model that the edge was sent at its first visit.
         edge: `[E, ...]`, the clones that the edge had trained at its first visit.

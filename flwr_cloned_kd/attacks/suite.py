@@ -22,7 +22,7 @@ from .models import (
 class Attack(NamedTuple):
     """What a bad edge does to its data before it trains, and to its clones after.
 
-    Args:
+    Attributes:
         data: changes the data; None trains on honest data.
         model: changes the clones; None sends them as they were trained.
     """

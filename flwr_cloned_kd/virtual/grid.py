@@ -41,10 +41,15 @@ class VirtualGrid(Grid):
     An edge that departs loses the request that it works on and sends no error. A stored reply is
     lost if it is pulled while the edge is away, as with Flower.
 
+    All options but the seed are numbers, or a `Draw` such as `LogNormal` or `Trace`. The visit of a
+    draw counts the requests to an edge, from 1; it is 0 for `arrival`, 1, 3, 5, ... for `stay` and
+    2, 4, 6, ... for `away`.
+
     Args:
         apps: one per edge; the node config of edge i is {"partition-id": i, "num-partitions": n}.
         compute: seconds of one training; with infinity a training never ends.
-        down, up: bytes per second, above 0; with infinity a transfer takes no time.
+        down: bytes per second to an edge, above 0; with infinity a transfer takes no time.
+        up: bytes per second from an edge, likewise.
         arrival: seconds until an edge arrives.
         stay: seconds until an edge that is present departs; with infinity it never departs.
         away: seconds until an edge that departed returns; with infinity it never returns.
@@ -53,10 +58,6 @@ class VirtualGrid(Grid):
             that answered, and the visit is the number of its request.
         further: seconds that each further answer adds if the core learns from several together.
         seed: determines every draw.
-
-        All options but the seed are numbers, or a `Draw` such as `LogNormal` or `Trace`. The visit
-        of a draw counts the requests to an edge, from 1; it is 0 for `arrival`, 1, 3, 5, ... for
-        `stay` and 2, 4, 6, ... for `away`.
 
     Raises:
         ValueError: if there is no app; at the time of a draw, if its number is out of range.

@@ -1,0 +1,32 @@
+"""Make a public name in a page, such as `Core`, a link to its place in the API reference."""
+
+import re
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
+
+DIRECTIVE = re.compile(r"^::: ((?:\w+\.)+(\w+))$", re.MULTILINE)
+CODE = re.compile(r"<(a|pre|h\d)\b.*?</\1>|<code>(\w+)</code>", re.DOTALL)
+"""An element in which a name is no link, or a name."""
+
+_paths: dict[str, str] = {}
+"""Public name -> its path, `flwr_cloned_kd.Core`."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Collect the public names from the API pages."""
+    for file in files.documentation_pages():
+        if file.src_uri.startswith("api/"):
+            _paths.update({name: path for path, name in DIRECTIVE.findall(file.content_string)})
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark the names; the plugin autorefs then resolves them."""
+
+    def link(match: re.Match[str]) -> str:
+        if match[2] not in _paths:
+            return match[0]
+        return f'<autoref identifier="{_paths[match[2]]}">{match[0]}</autoref>'
+
+    return CODE.sub(link, html)

@@ -1,0 +1,5 @@
+# %% [markdown]
+# # 1_algorithm
+
+# %%
+print(1)

@@ -1,0 +1,5 @@
+# %% [markdown]
+# # 2_own_data
+
+# %%
+print(1)

@@ -1,0 +1,5 @@
+# %% [markdown]
+# # 3_flower
+
+# %%
+print(1)

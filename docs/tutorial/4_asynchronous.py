@@ -1,0 +1,5 @@
+# %% [markdown]
+# # 4_asynchronous
+
+# %%
+print(1)

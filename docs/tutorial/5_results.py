@@ -1,0 +1,5 @@
+# %% [markdown]
+# # 5_results
+
+# %%
+print(1)
