@@ -29,6 +29,11 @@ class Event(NamedTuple):
     crashed) and "expire" (no answer before the deadline); "learn" (the core takes the answer from
     the queue), then one of "absorb" and "refuse". The events of a `VirtualGrid` also include
     "depart".
+
+    Examples:
+        >>> from flwr_cloned_kd import Event
+        >>> Event(time=60.0, kind="answer", edge="3", number=1, version=0).kind
+        'answer'
     """
 
     time: float
@@ -93,6 +98,14 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
 
     Raises:
         ImportError: without matplotlib.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flwr_cloned_kd import Event, draw_timeline
+        >>> events = [Event(0.0, "ask", "3", 1, 0), Event(60.0, "answer", "3", 1, 0)]
+        >>> with tempfile.TemporaryDirectory() as folder:  # after a run: strategy.events
+        ...     draw_timeline(events, Path(folder, "timeline.svg"))
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

@@ -100,6 +100,16 @@ def resnet(
 
     Raises:
         ValueError: for another depth.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import resnet
+        >>> model = resnet(20, num_classes=5, channels=1)
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 5])
+        >>> resnet(21, num_classes=5)
+        Traceback (most recent call last):
+        ValueError: depth: expected 6n + 2 (8, 14, 20, 32, ...), got 21
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, 32, ...), got {depth}")
@@ -107,10 +117,23 @@ def resnet(
 
 
 def resnet32(num_classes: int = 100, *, seed: int = 0, pixels: Moments | None = None) -> nn.Module:
-    """Build the paper's model: ResNet-32, about 0.47 million parameters; see `resnet`."""
+    """Build the paper's model: ResNet-32, about 0.47 million parameters; see `resnet`.
+
+    Examples:
+        >>> from flwr_cloned_kd import resnet32
+        >>> sum(parameter.numel() for parameter in resnet32().parameters())
+        470004
+    """
     return resnet(32, num_classes, seed=seed, pixels=pixels)
 
 
 def digits_cnn(num_classes: int = 10, *, seed: int = 0) -> nn.Module:
-    """Build a ResNet-8 of width 8 for 8x8 grey images: about 20,000 parameters."""
+    """Build a ResNet-8 of width 8 for 8x8 grey images: about 20,000 parameters.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import digits_cnn
+        >>> digits_cnn()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
     return resnet(8, num_classes, channels=1, width=8, seed=seed)

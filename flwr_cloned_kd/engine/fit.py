@@ -63,6 +63,15 @@ def fit(
         ValueError: if the dataset is empty, its tensors differ in length or hold a value that is
             not finite, if no parameter of the model requires a gradient, or if the factory of the
             recipe does not return an optimizer.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Recipe, clone, fit
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> model = torch.nn.Linear(1, 2)
+        >>> start = clone(model.state_dict(), 3)
+        >>> fit(model, start, data, Recipe(epochs=5, batch_size=2))["weight"].shape
+        torch.Size([3, 2, 1])
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: expected a parameter that requires a gradient, got none")
@@ -190,6 +199,13 @@ def predict(
 
     Raises:
         ValueError: if the outputs do not fit into the free memory.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import clone, predict
+        >>> model = torch.nn.Linear(4, 10)
+        >>> predict(model, clone(model.state_dict(), 3), torch.zeros(7, 4)).shape  # [E, N, classes]
+        torch.Size([3, 7, 10])
     """
     inputs = as_inputs(inputs, model)
     batch_size = batch_size or samples_at_once(runtime.target, inputs)
@@ -207,7 +223,15 @@ def predict(
 
 
 def accuracy(outputs: Tensor, labels: Tensor, task: Task = classification) -> Tensor:
-    """Return the fraction of correct predictions, `[...]` for outputs `[..., N, *]`."""
+    """Return the fraction of correct predictions, `[...]` for outputs `[..., N, *]`.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import accuracy
+        >>> logits = torch.tensor([[[2.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])
+        >>> accuracy(logits, torch.tensor([0, 1]))  # of two clones
+        tensor([1.0000, 0.5000])
+    """
     return counting(task.correct(outputs, labels), labels, task).float().mean(-1)
 
 

@@ -64,17 +64,6 @@ class Core:
     A core does not change during a run; its progress is a `CoreState`. The one mutable part is
     `target_cache`, which changes the speed and never the result.
 
-    >>> import torch
-    >>> from flwr_cloned_kd import Core, Recipe, train_edge
-    >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
-    >>> recipe = Recipe(epochs=50, batch_size=2)
-    >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe)
-    >>> state = core.state(core.pretrain())
-    >>> edge = train_edge(core.model, state.params, data, recipe, num_clones=3)
-    >>> state, metrics = core.distill(state, edge)
-    >>> state.version, len(state.memory), metrics["accepted"], metrics["train-accuracy"]
-    (1, 1, 1.0, 1.0)
-
     Args:
         model: the architecture; its weights are the start of Phase 0.
         dataset: the core data, inputs `[N, ...]` and labels `[N, ...]`, or data in any form that
@@ -91,6 +80,18 @@ class Core:
         target_cache: kept targets of the memory. A core made by `dataclasses.replace` shares it,
             and uses the kept targets unless the model, the dataset, the task, the distillation,
             the seed or the runtime was replaced.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Recipe, train_edge
+        >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
+        >>> recipe = Recipe(epochs=50, batch_size=2)
+        >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe)
+        >>> state = core.state(core.pretrain())
+        >>> edge = train_edge(core.model, state.params, data, recipe, num_clones=3)
+        >>> state, metrics = core.distill(state, edge)
+        >>> state.version, len(state.memory), metrics["accepted"], metrics["train-accuracy"]
+        (1, 1, 1.0, 1.0)
     """
 
     model: nn.Module
@@ -435,7 +436,13 @@ class Core:
 
 
 def edge_seed(seed: int, server_round: int) -> int:
-    """Derive the seed of Phase 1 in one round from the seed of the core."""
+    """Derive the seed of Phase 1 in one round from the seed of the core.
+
+    Examples:
+        >>> from flwr_cloned_kd import edge_seed
+        >>> edge_seed(0, 1) == edge_seed(0, 2)
+        False
+    """
     return fold_in(seed, "phase-1", server_round)
 
 
@@ -454,6 +461,16 @@ def train_edge(
 
     Returns:
         The ensemble `[num_clones, ...]`.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Recipe, edge_seed, train_edge
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> model = torch.nn.Linear(1, 2)
+        >>> recipe = Recipe(epochs=2)
+        >>> edge = train_edge(model, model.state_dict(), data, recipe, seed=edge_seed(0, 1))
+        >>> edge["bias"].shape  # three clones
+        torch.Size([3, 2])
     """
     return fit(
         model,

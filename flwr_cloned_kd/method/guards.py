@@ -30,6 +30,24 @@ class Evidence:
             oldest first; fractions in [0, 1].
         after: mask `[N]` of the core after the distillation.
         train_accuracy: of that core on its own data.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Evidence
+        >>> def refuse_long_steps(evidence: Evidence) -> str | None:  # a guard of your own
+        ...     return "it moved too far" if evidence.movement > 2 else None
+        >>> right = torch.ones(4, dtype=torch.bool)
+        >>> evidence = Evidence(
+        ...     labels=torch.arange(4),
+        ...     before=right,
+        ...     clones=right[None],
+        ...     ensemble=right,
+        ...     movement=3.0,
+        ...     direction=None,
+        ...     history=(0.9,),
+        ... )
+        >>> refuse_long_steps(evidence)
+        'it moved too far'
     """
 
     labels: Tensor
@@ -88,14 +106,24 @@ def train_accuracy_drop(evidence: Evidence) -> float | None:
 
 
 def validation_drop(evidence: Evidence) -> float | None:
-    """Return how far the core's accuracy on the validation data fell by the distillation."""
+    """Return how far the core's accuracy on the validation data fell by the distillation.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, validation_drop
+        >>> guard = Limit(validation_drop, 0.05)  # at most five points
+    """
     if evidence.after is None:
         return None
     return share(evidence.before) - share(evidence.after)
 
 
 def class_drop(evidence: Evidence) -> float | None:
-    """Return the largest fall of the core's accuracy on one class of the validation data."""
+    """Return the largest fall of the core's accuracy on one class of the validation data.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, class_drop
+        >>> guard = Limit(class_drop, 0.2)  # at most twenty points of any class
+    """
     if evidence.after is None:
         return None
     before, after = evidence.recall(evidence.before), evidence.recall(evidence.after)
@@ -103,12 +131,22 @@ def class_drop(evidence: Evidence) -> float | None:
 
 
 def ensemble_gap(evidence: Evidence) -> float:
-    """Return by how much the ensemble is less accurate than the core; known before Phase 2."""
+    """Return by how much the ensemble is less accurate than the core; known before Phase 2.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, ensemble_gap
+        >>> guard = Limit(ensemble_gap, 0.3)  # refuses before the distillation is paid for
+    """
     return share(evidence.before) - share(evidence.ensemble)
 
 
 def movement(evidence: Evidence) -> float:
-    """Return the length of the movement, relative to the model that was sent."""
+    """Return the length of the movement, relative to the model that was sent.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, movement
+        >>> guard = Limit(movement, 2.0)  # at most twice the norm of the model that was sent
+    """
     return evidence.movement
 
 
@@ -120,6 +158,10 @@ class Limit:
         score: one of this module, such as `validation_drop`, or your own.
         threshold: the largest score that is accepted, in the unit of the score; `calibrate` finds
             one from the core's own data.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, validation_drop
+        >>> guard = Limit(validation_drop, 0.05)  # pass it as Core(guard=...)
     """
 
     score: Score
@@ -135,7 +177,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Refuse an edge that at least one guard refuses; the first reason counts."""
+    """Refuse an edge that at least one guard refuses; the first reason counts.
+
+    Examples:
+        >>> from flwr_cloned_kd import AnyOf, Limit, TrainAccuracyDrop, movement
+        >>> guard = AnyOf([TrainAccuracyDrop(0.1), Limit(movement, 2.0)])
+    """
 
     guards: Sequence[Guard]
 
@@ -146,7 +193,12 @@ class AnyOf:
 
 @dataclass(frozen=True)
 class AllOf:
-    """Refuse an edge that every guard refuses at the same time."""
+    """Refuse an edge that every guard refuses at the same time.
+
+    Examples:
+        >>> from flwr_cloned_kd import AllOf, Limit, class_drop, movement
+        >>> guard = AllOf([Limit(class_drop, 0.2), Limit(movement, 2.0)])
+    """
 
     guards: Sequence[Guard]
 
@@ -170,6 +222,11 @@ class TrainAccuracyJump:
     Args:
         threshold: the largest rise above the mean of the history that is still accepted; a
             fraction, in [0, 1].
+
+    Examples:
+        >>> from flwr_cloned_kd import TrainAccuracyJump
+        >>> TrainAccuracyJump(threshold=0.2)
+        TrainAccuracyJump(threshold=0.2)
     """
 
     threshold: float = 0.1
@@ -185,6 +242,17 @@ class TrainAccuracyDrop:
     Args:
         threshold: the largest fall since the last accepted round that is still accepted; a
             fraction, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Recipe, TrainAccuracyDrop
+        >>> data = torch.randn(16, 2), torch.arange(16) % 2
+        >>> core = Core(
+        ...     model=torch.nn.Linear(2, 2),
+        ...     dataset=data,
+        ...     recipe=Recipe(epochs=2),
+        ...     guard=TrainAccuracyDrop(0.1),
+        ... )
     """
 
     threshold: float = 0.1

@@ -61,6 +61,20 @@ class VirtualGrid(Grid):
 
     Raises:
         ValueError: if there is no app; at the time of a draw, if its number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+        >>> from flwr_cloned_kd import FedAsync, VirtualGrid
+        >>> def edge(message, context):
+        ...     metrics = MetricRecord({"num-examples": 1})
+        ...     content = RecordDict({"arrays": message.content["arrays"], "metrics": metrics})
+        ...     return Message(content, reply_to=message)
+        >>> grid = VirtualGrid([edge] * 3, compute=60.0)
+        >>> start = ArrayRecord({"w": torch.zeros(2)})
+        >>> result = FedAsync(max_in_flight=3).start(grid, start, num_rounds=6)
+        >>> grid.now()
+        120.0
     """
 
     def __init__(
