@@ -4,6 +4,7 @@ A cell that fails ends the build.
 """
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -25,8 +26,10 @@ it as a script, or open it in Jupyter with jupytext.*
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each notebook, and its pictures."""
-    for path in sorted((Path(config.docs_dir) / FOLDER).glob("*.py")):
-        text, pictures = executed(path)
+    notebooks = sorted((Path(config.docs_dir) / FOLDER).glob("*.py"))
+    with ThreadPoolExecutor() as pool:  # a thread waits for the process of its notebook
+        results = list(pool.map(executed, notebooks))
+    for path, (text, pictures) in zip(notebooks, results):
         page = text + SOURCE.format(name=path.name)
         files.append(File.generated(config, f"{FOLDER}/{path.stem}.md", content=page))
         for name, picture in pictures.items():
