@@ -7,8 +7,10 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 DIRECTIVE = re.compile(r"^::: ((?:\w+\.)+(\w+))$", re.MULTILINE)
-CODE = re.compile(r"<(a|pre|h\d)\b.*?</\1>|<code>(\w+)</code>", re.DOTALL)
-"""An element in which a name is no link, or a name."""
+CODE = re.compile(r"<(a|b|pre|h\d)\b.*?</\1>|<code>(\w+)</code>", re.DOTALL)
+"""An element in which a name is no link (such as a parameter, which is bold), or a name."""
+ALSO_METRICS = {"accuracy", "distillation", "movement"}
+"""Public names that also name a metric or a parameter, so that a link could be wrong."""
 
 _paths: dict[str, str] = {}
 """Public name -> its path, `flwr_cloned_kd.Core`."""
@@ -25,7 +27,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Mark the names; the plugin autorefs then resolves them."""
 
     def link(match: re.Match[str]) -> str:
-        if match[2] not in _paths:
+        if match[2] not in _paths.keys() - ALSO_METRICS:
             return match[0]
         return f'<autoref identifier="{_paths[match[2]]}">{match[0]}</autoref>'
 

@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 2. Your own data
 #
-# The method needs three things from you: a model, labelled data for the core, and a recipe. This
-# part uses a table instead of images, a model of two layers, and another optimizer.
+# The method needs three things from you: a model, labelled data for the core, and a
+# recipe. This part uses a table instead of images, a model of two layers, and another
+# optimizer.
 #
 # ## The data
 #
-# The table has 569 rows with 30 measurements of a tumour; the label says whether it is benign. A
-# `Core` takes arrays, tensors, a `torch.utils.data.Dataset`, or a dict of columns, as here. [The
-# guide](../your_model.md#the-data) lists all forms.
+# The table has 569 rows with 30 measurements of a tumour; the label says whether it is
+# benign. A `Core` takes arrays, tensors, a `torch.utils.data.Dataset`, or a dict of
+# columns, as here. [The guide](../your_model.md#the-data) lists all forms.
 
 # %%
 from functools import partial
@@ -40,7 +41,9 @@ print({name: column.shape for name, column in core_set.items()})
 
 # %%
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(30, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+model = torch.nn.Sequential(
+    torch.nn.Linear(30, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2)
+)
 recipe = Recipe(
     epochs=20,
     batch_size=16,
@@ -49,8 +52,8 @@ recipe = Recipe(
 )
 
 # %% [markdown]
-# `Core` checks data and model at once, before any training. A mistake is one line that says what
-# was expected and what it got:
+# `Core` checks data and model at once, before any training. A mistake is one line that
+# says what was expected and what it got:
 
 # %%
 wrong = {"measurements": core_set["measurements"], "label": core_set["label"] + 1}
@@ -75,17 +78,18 @@ for number, edge_set in enumerate(edge_sets, start=1):
     print(f"edge {number}      {metrics['core-accuracy']:.3f}")
 
 # %% [markdown]
-# On a table as easy as this one the first core is already good, and there is little to gain; the
-# [measured apps](../your_model.md#four-small-apps-measured) say how little.
+# On a table as easy as this one the first core is already good, and there is little to
+# gain; the [measured apps](../your_model.md#four-small-apps-measured) say how little.
 #
 # ## Other tasks
 #
-# The class of a sample is the default. For classes of tokens or pixels, for several labels, or for
-# numbers, give `Core` and every edge the same task: `Classification(ignore_index=-100)`,
-# `SeveralLabels()`, or `Regression(tolerance=0.5)`. A task of your own takes [twenty
+# The class of a sample is the default. For classes of tokens or pixels, for several
+# labels, or for numbers, give `Core` and every edge the same task:
+# `Classification(ignore_index=-100)`, `SeveralLabels()`, or
+# `Regression(tolerance=0.5)`. A task of your own takes [twenty
 # lines](../your_model.md#a-task-of-your-own).
 #
-# **If the accuracy does not rise**, print the `metrics` of each round and go through [this
-# list](../your_model.md#if-the-accuracy-does-not-rise).
+# **If the accuracy does not rise**, print the `metrics` of each round and go through
+# [this list](../your_model.md#if-the-accuracy-does-not-rise).
 #
 # Next: [the same in Flower](3_flower.md).

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 4. Asynchronous, in virtual time
 #
-# Real edges need minutes or hours, and some need much longer than others. To try a setting without
-# such a wait, use a `VirtualGrid`. It has a clock of its own: it runs real client apps and passes
-# real messages, and a waiting time is only a number that is added to the clock. The same seed
-# gives the same run, bit for bit.
+# Real edges need minutes or hours, and some need much longer than others. To try a
+# setting without such a wait, use a `VirtualGrid`. It has a clock of its own: it runs
+# real client apps and passes real messages, and a waiting time is only a number that
+# is added to the clock. The same seed gives the same run, bit for bit.
 
 # %%
 import logging
@@ -28,7 +28,7 @@ from flwr_cloned_kd import (
     take,
 )
 
-logging.getLogger("flwr").setLevel(logging.WARNING)
+logging.getLogger("flwr").setLevel(logging.ERROR)
 
 train, test = load_digits()
 parts = partition(len(train[1]), num_parts=10)
@@ -41,15 +41,18 @@ def client_fn(context):
 
 
 client_app = edge_app(client_fn)
-core = Core(model=digits_cnn(), dataset=take(train, parts[0]), held_out=test, recipe=recipe)
+core = Core(
+    model=digits_cnn(), dataset=take(train, parts[0]), held_out=test, recipe=recipe
+)
 first = ArrayRecord(core.pretrain())
 
 # %% [markdown]
 # ## A federation with slow edges
 #
-# Seven edges. The time of one training is drawn from a log-normal distribution with a median of 60
-# seconds. The core needs 20 seconds to learn from an answer, and the links carry 100 kB per
-# second. If you have measured such times, use them as a `Trace`.
+# Seven edges. The time of one training is drawn from a log-normal distribution with a
+# median of 60 seconds. The core needs 20 seconds to learn from an answer, and the
+# links carry 100 kB per second. If you have measured such times, use them as a
+# `Trace`.
 
 
 # %%
@@ -72,8 +75,8 @@ runs = {in_flight: play(in_flight) for in_flight in (1, 3)}
 # %% [markdown]
 # ## Who was busy when
 #
-# `strategy.events` holds what happened, and `draw_timeline` draws it. With one edge in flight, the
-# core waits for every edge:
+# `strategy.events` holds what happened, and `draw_timeline` draws it. With one edge in
+# flight, the core waits for every edge:
 
 # %%
 
@@ -89,8 +92,8 @@ def show(strategy, title):
 show(runs[1], "one edge in flight")
 
 # %% [markdown]
-# With three in flight, an edge is asked as soon as a slot is free, and the core learns from
-# answers in the order in which they arrive:
+# With three in flight, an edge is asked as soon as a slot is free, and the core learns
+# from answers in the order in which they arrive:
 
 # %%
 show(runs[3], "three edges in flight")
@@ -98,8 +101,8 @@ show(runs[3], "three edges in flight")
 # %% [markdown]
 # ## What it costs
 #
-# An answer that was under way while the core learned from another one is *stale*: the edge started
-# from an older core. The staleness counts the versions in between.
+# An answer that was under way while the core learned from another one is *stale*: the
+# edge started from an older core. The staleness counts the versions in between.
 
 # %%
 for in_flight, strategy in runs.items():
@@ -120,13 +123,13 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# More edges in flight reach a good core sooner. They may also end lower, because more edges train
-# an old core: with eight of nine in flight the
-# [measured](../results.md#several-edges-in-flight-time-to-accuracy-in-virtual-time) loss is two to
-# five points.
+# More edges in flight reach a good core sooner. They may also end lower, because more
+# edges train an old core: with eight of nine in flight the
+# [measured](../results.md#several-edges-in-flight-time-to-accuracy-in-virtual-time)
+# loss is two to five points.
 #
-# **Try it.** `VirtualGrid(stay=..., away=..., crash=...)` lets edges leave, return and crash.
-# `ClonedKD(max_staleness=2)` refuses answers that are too old, and
+# **Try it.** `VirtualGrid(stay=..., away=..., crash=...)` lets edges leave, return and
+# crash. `ClonedKD(max_staleness=2)` refuses answers that are too old, and
 # `staleness_weight=PolynomialStaleness()` lets them count less.
 #
 # Next: [reading the results](5_results.md).

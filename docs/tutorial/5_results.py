@@ -1,13 +1,14 @@
 # %% [markdown]
 # # 5. Reading the results
 #
-# Every round leaves one row of numbers. This part makes a run in which one edge is bad, and finds
-# in the rows what happened: how the accuracy rose, which edge was refused and why, and what the
-# run cost.
+# Every round leaves one row of numbers. This part makes a run in which one edge is
+# bad, and finds in the rows what happened: how the accuracy rose, which edge was
+# refused and why, and what the run cost.
 
 # %%
 import json
 import logging
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,7 +31,7 @@ from flwr_cloned_kd import (
 )
 from flwr_cloned_kd.attacks import ScaleMovement, attack
 
-logging.getLogger("flwr").setLevel(logging.WARNING)
+logging.getLogger("flwr").setLevel(logging.ERROR)
 
 train, test = load_digits()
 parts = partition(len(train[1]), num_parts=10)
@@ -43,13 +44,15 @@ def client_fn(context):
 
 
 honest = edge_app(client_fn)
-bad = edge_app(client_fn, mods=[attack(ScaleMovement(-3.0))])  # reverses what it has learned
+reverse = attack(ScaleMovement(-3.0))  # sends the opposite of what it has learned
+bad = edge_app(client_fn, mods=[reverse])
 
 # %% [markdown]
 # ## A run with a guard
 #
-# The guard refuses an edge whose ensemble is more than 0.3 less accurate than the core, on the
-# core data. `on_round` is called after every round; here it appends the row to a file.
+# The guard refuses an edge whose ensemble is more than 0.3 less accurate than the
+# core, on the core data. `on_round` is called after every round; here it appends the
+# row to a file.
 
 # %%
 core = Core(
@@ -68,7 +71,7 @@ def write(row):
 
 strategy = ClonedKD(core, num_clones=2, on_round=write)
 grid = VirtualGrid([honest, honest, bad, honest, honest], compute=60.0, core=10.0)
-strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=5)
+result = strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=5)
 
 # %% [markdown]
 # ## The rows
@@ -79,7 +82,7 @@ strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=5)
 # %%
 rows = [json.loads(line) for line in Path("rounds.jsonl").read_text().splitlines()]
 print(len(rows), "rows; the columns of the first:")
-print(", ".join(rows[0]))
+print(textwrap.fill(", ".join(rows[0]), width=88))
 
 # %%
 print("round edge accepted  core  ensemble  consensus")
@@ -93,8 +96,8 @@ for row in rows:
 # %% [markdown]
 # ## Which edge was refused, and why
 #
-# `cause` says what the guard expected and what it got. A refused round leaves the core exactly as
-# it was.
+# `cause` says what the guard expected and what it got. A refused round leaves the core
+# exactly as it was.
 
 # %%
 for row in rows:
@@ -118,7 +121,8 @@ for row in rows:
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
 accepted = [row for row in rows if row["accepted"]]
-left.plot([row["round"] for row in accepted], [row["core-accuracy"] for row in accepted], "o-")
+rounds = [row["round"] for row in accepted]
+left.plot(rounds, [row["core-accuracy"] for row in accepted], "o-")
 for row in rows:
     if not row["accepted"]:
         left.axvline(row["round"], color="tab:red", linestyle=":", label="refused")
@@ -128,7 +132,7 @@ regions = ("student-only", "both", "teacher-only")
 bottom = [0.0] * len(accepted)
 for region in regions:
     shares = [row[region] for row in accepted]
-    right.bar([str(row["round"]) for row in accepted], shares, bottom=bottom, label=region)
+    right.bar(rounds, shares, bottom=bottom, label=region)
     bottom = [low + share for low, share in zip(bottom, shares)]
 right.set(xlabel="round", ylabel="share of the test images")
 right.legend(loc="lower left")
@@ -139,8 +143,8 @@ print(f"{totals['bytes-down'] / 1e6:.2f} MB down, {totals['bytes-up'] / 1e6:.2f}
 print(f"the core learned for {totals['core-seconds']:.0f} virtual seconds")
 
 # %% [markdown]
-# The right picture is a Venn diagram for each round: the test images that only the core, both, or
-# only the ensemble classify correctly (Fig. 4 of the paper).
+# The right picture is a Venn diagram for each round: the test images that only the
+# core, both, or only the ensemble classify correctly (Fig. 4 of the paper).
 #
 # The example apps write these rows by themselves, with a summary and pictures
 # ([quickstart](../examples/quickstart_digits/README.md#results)).
