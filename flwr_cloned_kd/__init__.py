@@ -44,16 +44,21 @@ from .method.calibration import calibrate
 from .method.consensus import Venn
 from .method.core import Core, edge_seed, train_edge
 from .method.distillation import Distillation
+from .method.evidence import Evidence
 from .method.guards import (
     AllOf,
     AnyOf,
-    Evidence,
     Limit,
     TrainAccuracyDrop,
     TrainAccuracyJump,
     class_drop,
+    disagreement,
+    drop_confidence,
+    edge_drop,
     ensemble_gap,
+    loss_rise,
     movement,
+    relative_accuracy,
     validation_drop,
 )
 from .method.knowledge import (
@@ -128,9 +133,12 @@ __all__ = [
     "crop_and_flip",
     "cross_entropy",
     "digits_cnn",
+    "disagreement",
     "distillation",
     "draw_timeline",
+    "drop_confidence",
     "edge_app",
+    "edge_drop",
     "edge_seed",
     "ensemble_gap",
     "ensemble_share",
@@ -143,12 +151,14 @@ __all__ = [
     "load_digits",
     "load_huggingface",
     "load_npz",
+    "loss_rise",
     "member",
     "movement",
     "partition",
     "partition_with",
     "practical",
     "predict",
+    "relative_accuracy",
     "resnet",
     "resnet32",
     "retained",

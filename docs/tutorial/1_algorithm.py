@@ -25,14 +25,7 @@ from flwr_cloned_kd import (
 
 train, test = load_digits()
 core_rows, *edge_rows = partition(len(train[1]), num_parts=10)
-print(
-    "core:",
-    len(core_rows),
-    "images; each edge:",
-    len(edge_rows[0]),
-    "; test:",
-    len(test[1]),
-)
+print(len(core_rows), "images for the core,", len(edge_rows[0]), "for each edge")
 
 # %% [markdown]
 # ## Phase 0: the core trains on its own data
@@ -86,13 +79,8 @@ print("clone:", name, tuple(member(edge, 0)[name].shape))
 
 # %%
 state, metrics = core.distill(state, edge)
-for key in (
-    "core-accuracy",
-    "edge-accuracy",
-    "ensemble-accuracy",
-    "consensus",
-    "known",
-):
+shown = ["core-accuracy", "edge-accuracy", "ensemble-accuracy", "consensus", "known"]
+for key in shown:
     print(f"{key:18} {metrics[key]:.3f}")
 
 # %% [markdown]
@@ -114,26 +102,17 @@ rows = [metrics]
 for number, edge_part in enumerate(edge_rows[1:5], start=2):
     private = take(train, edge_part)
     seed = edge_seed(core.seed, number)
-    edge = train_edge(
-        core.model, state.params, private, recipe, num_clones=3, seed=seed
-    )
+    edge = train_edge(core.model, state.params, private, recipe, seed=seed)
     state, metrics = core.distill(state, edge)
     rows.append(metrics)
-print(
-    "edges learned from:",
-    state.version,
-    "; ensembles in the memory:",
-    len(state.memory),
-)
+print("edges that the core has learned from:", state.version)
+print("ensembles in the memory:", len(state.memory))
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 rounds = range(1, len(rows) + 1)
-for key, style in (
-    ("core-accuracy", "o-"),
-    ("ensemble-accuracy", "s--"),
-    ("edge-accuracy", "^:"),
-):
+styles = {"core-accuracy": "o-", "ensemble-accuracy": "s--", "edge-accuracy": "^:"}
+for key, style in styles.items():
     axes.plot(rounds, [row[key] for row in rows], style, label=key)
 axes.set(xlabel="round", ylabel="accuracy on the test images", xticks=rounds)
 axes.legend()

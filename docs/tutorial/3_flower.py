@@ -29,9 +29,8 @@ from flwr_cloned_kd import (
     take,
 )
 
-logging.getLogger("flwr").setLevel(
-    logging.ERROR
-)  # this page does not show Flower's log
+# This page does not show Flower's log.
+logging.getLogger("flwr").setLevel(logging.ERROR)
 
 NUM_EDGES = 5
 train, test = load_digits()

@@ -32,12 +32,20 @@ from ..data.models import resnet
 from ..engine.inputs import Dataset, shuffle_labels
 from ..engine.recipe import AccuracyReached, Plateau, Recipe, fold_in
 from ..engine.runtime import Runtime, plan
+from ..method.calibration import calibrate
 from ..method.core import Core
 from ..method.distillation import Distillation
-from ..method.guards import Guard
+from ..method.guards import (
+    Guard,
+    Limit,
+    TrainAccuracyDrop,
+    TrainAccuracyJump,
+    drop_confidence,
+    ensemble_gap,
+)
 from ..method.presets import PRESETS
 from ..method.variants import VARIANTS
-from .settings import AUGMENTATIONS, CHOICES, GUARDS, Settings, model_depth
+from .settings import AUGMENTATIONS, CHOICES, TRUSTS, Settings, model_depth
 
 
 def load(settings: Settings) -> tuple[Dataset, Dataset]:
@@ -147,10 +155,26 @@ def phase_2(settings: Settings) -> Distillation:
     )
 
 
-def guard(settings: Settings) -> Guard | None:
-    """Make the guard of a run, if it has one."""
-    kind = GUARDS[settings.guard]
-    return kind(settings.guard_threshold) if kind is not None else None
+def guard(settings: Settings, core: Core) -> Guard | None:
+    """Make the guard of a run, if it has one; "gap" runs Phase 0 and trains stand-ins for edges."""
+    threshold = settings.guard_threshold
+    match settings.guard:
+        case "jump":
+            return TrainAccuracyJump(threshold)
+        case "drop":
+            return TrainAccuracyDrop(threshold)
+        case "validation":
+            return Limit(drop_confidence, 1 - threshold)
+        case "gap":
+            return calibrate(
+                core,
+                core.state(core.pretrain()),
+                ensemble_gap,
+                false_alarms=threshold,
+                num_clones=num_clones(settings),
+                recipe=recipe(settings, settings.edge_epochs),
+            )
+    return None
 
 
 def runtime(settings: Settings, device: str) -> Runtime:
@@ -169,16 +193,26 @@ def runtime(settings: Settings, device: str) -> Runtime:
 def build_core(settings: Settings) -> Core:
     """Assemble the core: its part of the data, its model, its recipes."""
     train, held_out = load(settings)
-    return Core(
+    rows = split(settings, train[1])[0]
+    num_validation = round(settings.validation_share * len(rows))
+    num_trained = max(1, len(rows) - num_validation)
+    core = Core(
         model=model(settings),
-        dataset=take(train, split(settings, train[1])[0]),
+        dataset=take(train, rows[:num_trained]),
         recipe=recipe(settings, settings.core_epochs),
         distillation=phase_2(settings),
-        guard=guard(settings),
+        trust=TRUSTS[settings.trust],
+        validation=take(train, rows[num_trained:]) if num_trained < len(rows) else None,
         held_out=held_out,
         seed=settings.seed,
         runtime=runtime(settings, settings.device),
     )
+    return replace(core, guard=guard(settings, core))
+
+
+def num_clones(settings: Settings) -> int:
+    """Return how many clones an edge trains."""
+    return settings.num_clones or VARIANTS[settings.variant].num_clones
 
 
 def max_staleness(settings: Settings) -> int | None:
@@ -228,11 +262,11 @@ def slow_edge(
 def plans(settings: Settings, core: Core) -> dict[str, dict[str, Any]]:
     """Return how each phase runs; Phase 1 as it would run on this machine."""
     inputs, labels = core.dataset
-    num_clones = settings.num_clones or VARIANTS[settings.variant].num_clones
+    clones_of_edge = num_clones(settings)
     edge_runtime = runtime(settings, settings.client_device)
     phases = {
         "phase-0": (core.runtime, 1, settings.core_epochs),
-        "phase-1": (edge_runtime, num_clones, settings.edge_epochs),
+        "phase-1": (edge_runtime, clones_of_edge, settings.edge_epochs),
         "phase-2": (core.runtime, 1, settings.distill_epochs),
     }
     return {

@@ -16,12 +16,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..engine.inputs import CropAndFlip
 from ..engine.runtime import Runtime
 from ..io.wire import WIRE_DTYPES
-from ..method.guards import TrainAccuracyDrop, TrainAccuracyJump
+from ..method.guards import Trust, relative_accuracy
 from ..method.presets import PRESETS
 from ..method.variants import VARIANTS
 
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox", "fedasync", "fedbuff")
-GUARDS = {"none": None, "jump": TrainAccuracyJump, "drop": TrainAccuracyDrop}
+GUARDS = ("none", "jump", "drop", "validation", "gap")
+BY_FALSE_ALARMS = ("validation", "gap")
+"""Guards whose threshold is the probability of refusing an honest edge."""
+TRUSTS: dict[str, Trust | None] = {"full": None, "relative-accuracy": relative_accuracy}
+"""Rules of trust, by their names in run-configs."""
 CHOICES = {"auto": None, "on": True, "off": False}
 AUGMENTATIONS = {
     "none": None,
@@ -119,6 +123,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False, description="at least
 Positive = Annotated[float, Field(gt=0, description="above 0")]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="above 0")]
 Fraction = Annotated[float, Field(ge=0, le=1, description="a fraction, 0 to 1")]
+FractionBelow1 = Annotated[float, Field(ge=0, lt=1, description="a fraction, 0 to 1, and below 1")]
 Share = Annotated[float, Field(gt=0, le=1, description="a fraction, above 0 to 1")]
 Device = Annotated[
     str, AfterValidator(_device_name), Field(description="auto, cpu, cuda, cuda:1, ...")
@@ -216,10 +221,27 @@ class Settings:
     guard: Annotated[str, one_of(*GUARDS)] = setting(
         "none",
         UNRELIABLE,
-        "change of the core's training accuracy for which an edge is refused",
+        "what refuses an edge: a jump or drop of the core's training accuracy, a significant drop "
+        "of its accuracy on the validation data, or an ensemble that is worse than those of honest "
+        "stand-ins",
     )
     guard_threshold: Fraction = setting(
-        0.1, UNRELIABLE, "largest jump or drop that the guard accepts"
+        0.1,
+        UNRELIABLE,
+        "largest jump or drop that the guard accepts; for validation and gap the probability that "
+        "it refuses an honest edge",
+    )
+    trust: Annotated[str, one_of(*TRUSTS)] = setting(
+        "full",
+        UNRELIABLE,
+        "weight of an edge's KD term and movement: 1, or the accuracy of its ensemble as a part of "
+        "the core's",
+    )
+    validation_share: FractionBelow1 = setting(
+        0.0,
+        UNRELIABLE,
+        "share of the core's data that it does not train on, and on which guard and trust measure; "
+        "0 takes the data that it trains on",
     )
     edge_delays: str = setting(
         "",
@@ -333,6 +355,8 @@ class Settings:
             self._fail("edge_delays", f"at most {self.num_edges} numbers of seconds")
         if self.dataset in ("npz", "huggingface") and not self.data_path:
             self._fail("data_path", f"the place of the {self.dataset} data")
+        if self.guard in BY_FALSE_ALARMS and not 0 < self.guard_threshold < 1:
+            self._fail("guard_threshold", f"above 0 and below 1 for the guard {self.guard}")
         if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
             self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
 

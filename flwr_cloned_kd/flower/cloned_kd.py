@@ -182,7 +182,15 @@ class ClonedKD(AsyncStrategy):
         if size(edge) > self.num_clones:
             raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
         weight = 1.0 if self.staleness_weight is None else self.staleness_weight(answer.staleness)
-        return {**reported, "num-clones": size(edge)}, EdgeResult(edge, sent, weight)
+        result = EdgeResult(edge, sent, weight, earlier=self._earlier(answer.dispatch.edge))
+        return {**reported, "num-clones": size(edge)}, result
+
+    def _earlier(self, edge: str) -> list[dict[str, Any]]:
+        """Return the rounds of an edge so far, for the guard; only a revisited edge has some."""
+        asked = self.core.guard is not None or self.core.trust is not None
+        if not asked or not self.revisit:
+            return []
+        return [row for row in self.history if row["edge"] == edge]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the core and its temporal memory."""

@@ -8,7 +8,8 @@ import torch
 from ..engine.nested import rows_of
 from ..engine.recipe import Recipe, fold_in
 from .core import Core, train_edge
-from .guards import Evidence, Limit, Score
+from .evidence import Evidence
+from .guards import Limit, Score
 from .state import CoreState
 from .targets import TargetCache
 
@@ -35,7 +36,8 @@ def calibrate(
     core's, such as edges with few classes, may exceed it more often.
 
     Args:
-        core: with the data, the recipes and the validation data of the run; its guard is not used.
+        core: with the data, the recipes and the validation data of the run; its guard and its
+            rule of trust are not used.
         state: where the stand-ins start, usually the core after Phase 0.
         false_alarms: probability to refuse an honest edge, above 0 and below 1.
         stand_ins: number of trained stand-ins, at least 3; each costs one edge and one Phase 2, or
@@ -95,7 +97,7 @@ def _score_of(
             scores.append(value)
         return None if value is None else "the score is known"
 
-    watched = replace(core, guard=keep, held_out=None, target_cache=TargetCache())
+    watched = replace(core, guard=keep, trust=None, held_out=None, target_cache=TargetCache())
     watched.distill(state, edge)
     if not scores:
         raise ValueError(f"score: expected a number for every edge, got None from {score!r}")

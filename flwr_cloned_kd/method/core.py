@@ -1,13 +1,12 @@
 """Algorithm 1 without a network: the core, and Phases 0 to 2."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from ..engine.ensemble import (
     Ensemble,
@@ -27,7 +26,8 @@ from ..engine.samples import as_dataset
 from ..engine.tasks import Task, classification, counting
 from .consensus import Venn
 from .distillation import Distillation
-from .guards import Evidence, Guard
+from .evidence import Evidence, Examiner
+from .guards import Guard, Trust
 from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
 from .state import CoreState
@@ -43,6 +43,10 @@ class EdgeResult(NamedTuple):
     """The model that the edge was sent; None is the present core."""
     weight: float = 1
     """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
+    trust: float = 1
+    """Share of the KD term and of the movement of this edge that the core uses, in [0, 1]."""
+    earlier: Sequence[Mapping[str, float]] = ()
+    """Metrics of the earlier rounds of this edge, oldest first, for the guard."""
 
 
 @dataclass(eq=False)
@@ -72,7 +76,9 @@ class Core:
         recipe: Phase 0.
         distillation: Phase 2; None is the preset `practical` of `recipe`.
         guard: evidence -> why an edge is refused, or None, see `guards`; None accepts every edge.
-        validation: labelled data that a guard sees the edge on; None: the core data. Data that the
+        trust: evidence before the distillation -> how far the core trusts the edge, in [0, 1]: the
+            number multiplies the KD term and the movement of the edge. None trusts every edge.
+        validation: labelled data on which evidence is measured; None: the core data. Data that the
             core does not train on shows more.
         held_out: data on which accuracies and the consensus are measured; None measures none.
         seed: the seed of every random draw.
@@ -99,6 +105,7 @@ class Core:
     recipe: Recipe = field(default_factory=Recipe)
     distillation: Distillation = None  # type: ignore[assignment]  # until __post_init__
     guard: Guard | None = None
+    trust: Trust | None = None
     validation: Dataset | None = None
     held_out: Dataset | None = None
     seed: int = 0
@@ -150,10 +157,11 @@ class Core:
             The new state, or `state` itself if the guard refused the edge; and the metrics
             "accepted" (1 or 0), "train-accuracy" (of the core, on core data), "known" (the share of
             the core data that the ensemble classifies correctly), "student-start" (the share of the
-            clones' movement); with a guard those of `Evidence.metrics`, and "cause", a text, if it
-            refused the edge; and, with held-out data, "core-accuracy", "edge-accuracy" (mean of
-            the clones), "ensemble-accuracy" and the `Venn` of the new core and the edge:
-            "student-only", "both", "teacher-only", "consensus". Fractions in [0, 1].
+            clones' movement); with a guard or a rule of trust those of `Evidence.metrics`; "trust"
+            with a rule of trust; "cause", a text, if the guard refused the edge; and, with held-out
+            data, "core-accuracy", "edge-accuracy" (mean of the clones), "ensemble-accuracy" and the
+            `Venn` of the new core and the edge: "student-only", "both", "teacher-only",
+            "consensus". Fractions in [0, 1].
 
         Raises:
             ValueError: if a prediction of the edge or a weight of the new core is not finite, or if
@@ -190,7 +198,10 @@ class Core:
         for result in results:
             if not 0 <= result.weight < float("inf"):
                 raise ValueError(f"weight: expected at least 0, got {result.weight}")
-        answers = [self._examine(state, result) for result in results]
+            _check_trust(result.trust)
+            _check_clone_axis(result.edge, state.params)
+        core_outputs = None if self._examiner is None else self._examiner.outputs(state.params)
+        answers = [self._examine(state, result, core_outputs) for result in results]
         accepted = [answer for answer in answers if answer.metrics["accepted"]]
         if accepted:
             state = self._learn(state, accepted)
@@ -202,9 +213,7 @@ class Core:
 
     def train_accuracy(self, params: StateDict) -> float:
         """Measure a core on its own data; a fraction in [0, 1]."""
-        inputs, labels = self.dataset
-        logits = predict(self.model, clone(params, 1), inputs, runtime=self.runtime)
-        return float(accuracy(logits[0], labels, self.task))
+        return float(accuracy(self._outputs(params), self.dataset[1], self.task))
 
     def held_out_accuracy(self, params: StateDict) -> float | None:
         """Measure a core on the held-out data; a fraction in [0, 1], None without such data."""
@@ -222,21 +231,54 @@ class Core:
             raise ValueError("held_out: expected a dataset, got None")
         return predict(self.model, clone(params, 1), self.held_out[0], runtime=self.runtime)[0]
 
+    def _outputs(self, params: StateDict) -> Tensor:
+        """Compute the outputs `[N, ...]` of a core for its own data."""
+        return predict(self.model, clone(params, 1), self.dataset[0], runtime=self.runtime)[0]
+
     def _edge_logits(self, edge: Ensemble, inputs: Tensor) -> Tensor:
         logits = predict(self.model, edge, inputs, runtime=self.runtime)
         check_finite({"logits": logits}, "edge predictions: ")
         return logits
 
-    def _examine(self, state: CoreState, result: EdgeResult) -> _Examined:
-        """Measure what an edge returned; the guard may refuse it before the distillation."""
+    @property
+    def _examiner(self) -> Examiner | None:
+        """What measures evidence; None if no rule asks for evidence."""
+        if self.guard is None and self.trust is None:
+            return None
+        return Examiner(self.model, self.validation or self.dataset, self.task, self.runtime)
+
+    def _examine(
+        self, state: CoreState, result: EdgeResult, core_outputs: Tensor | None
+    ) -> _Examined:
+        """Measure what an edge returned; the guard may refuse it before the distillation.
+
+        Args:
+            core_outputs: of the core for the validation data; None without an examiner.
+        """
         logits = self._edge_logits(result.edge, self.dataset[0])
         held_out_logits = (
             None if self.held_out is None else self._edge_logits(result.edge, self.held_out[0])
         )
-        evidence = None if self.guard is None else self._evidence(state, result, logits)
         metrics = {"accepted": 1.0, "known": self._known(logits)}
-        answer = _Examined(result, logits, held_out_logits, evidence, metrics)
-        self._ask_guard([answer])
+        answer = _Examined(result, logits, held_out_logits, None, metrics)
+        if self._examiner is not None and core_outputs is not None:
+            validation = self.validation
+            answer.evidence = self._examiner.before(
+                state,
+                result.edge,
+                state.params if result.sent is None else result.sent,
+                core_outputs=core_outputs,
+                edge_outputs=logits
+                if validation is None
+                else self._edge_logits(result.edge, validation[0]),
+                earlier=result.earlier,
+            )
+            if self.trust is not None:
+                trust = self.trust(answer.evidence)
+                _check_trust(trust)
+                answer.result = result._replace(trust=result.trust * trust)
+                metrics["trust"] = trust
+            self._ask_guard([answer])
         return answer
 
     def _learn(self, state: CoreState, answers: Sequence[_Examined]) -> CoreState:
@@ -249,7 +291,8 @@ class Core:
         teachers, scaled_weights = self._teachers(state.params, memory, weights, len(results))
         params = self._train_student(student, teachers, scaled_weights, state.version)
         check_finite(params, "core after distillation: ")
-        train_accuracy = self.train_accuracy(params)
+        outputs = self._outputs(params)
+        train_accuracy = float(accuracy(outputs, self.dataset[1], self.task))
         predictions = self.predictions(params) if self.held_out is not None else Tensor()
         for answer in answers:
             answer.metrics.update({"train-accuracy": train_accuracy, "student-start": share})
@@ -257,13 +300,12 @@ class Core:
                 labels = self.held_out[1]
                 scores = _compare(predictions, answer.held_out_logits, labels, self.task)
                 answer.metrics.update(scores)
-        if self.guard is not None:
-            after = self._correct(params, self.validation or self.dataset)
+        if self._examiner is not None:
+            if self.validation is not None:
+                outputs = self._examiner.outputs(params)
             for answer in answers:
                 if answer.evidence is not None:
-                    answer.evidence = replace(
-                        answer.evidence, after=after, train_accuracy=train_accuracy
-                    )
+                    answer.evidence = self._examiner.after(answer.evidence, outputs, train_accuracy)
             self._ask_guard(answers)
             if not answers[0].metrics["accepted"]:
                 return state
@@ -280,56 +322,13 @@ class Core:
         """Add the evidence to the metrics; refuse all of these answers for the first reason."""
         reasons = list[str]()
         for answer in answers:
-            if self.guard is not None and answer.evidence is not None:
+            if answer.evidence is not None:
                 answer.metrics.update(answer.evidence.metrics())
-                reason = self.guard(answer.evidence)
+                reason = None if self.guard is None else self.guard(answer.evidence)
                 reasons += [] if reason is None else [reason]
         if reasons:
             for answer in answers:
                 answer.metrics.update({"accepted": 0.0, "cause": reasons[0]})
-
-    def _evidence(self, state: CoreState, result: EdgeResult, logits: Tensor) -> Evidence:
-        """Measure what a guard may know before the distillation."""
-        data = self.validation or self.dataset
-        if self.validation is not None:
-            logits = self._edge_logits(result.edge, data[0])
-        ensemble = self.task.prediction(self.task.target(logits, 1.0).mean(0))
-        length, direction = self._movement(state, result)
-        return Evidence(
-            labels=counting(data[1], data[1], self.task),
-            before=self._correct(state.params, data),
-            clones=self._mask(logits, data[1]),
-            ensemble=self._mask(ensemble, data[1]),
-            movement=length,
-            direction=direction,
-            history=state.train_accuracy,
-        )
-
-    def _movement(self, state: CoreState, result: EdgeResult) -> tuple[float, float | None]:
-        """Return length and direction of a movement, as `Evidence` describes them."""
-        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-
-        def vector(params: StateDict) -> Tensor:
-            return torch.cat([params[name].flatten() for name in trained]).double()
-
-        sent = vector(result.sent or state.params)
-        moved = vector(mean(result.edge)) - sent
-        length = float(moved.norm() / sent.norm().clamp(min=torch.finfo(sent.dtype).tiny))
-        if not state.memory:
-            return length, None
-        remembered = torch.stack([vector(mean(ensemble)) for ensemble in state.memory]).mean(0)
-        way = remembered - vector(state.params)
-        if not moved.any() or not way.any():
-            return length, None
-        return length, float(cosine_similarity(moved, way, dim=0))
-
-    def _correct(self, params: StateDict, data: Dataset) -> Tensor:
-        """Return the mask `[N]` of what a core predicts correctly."""
-        outputs = predict(self.model, clone(params, 1), data[0], runtime=self.runtime)[0]
-        return self._mask(outputs, data[1])
-
-    def _mask(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return counting(self.task.correct(outputs, labels), labels, self.task)
 
     def _remembered(
         self, state: CoreState, results: Sequence[EdgeResult]
@@ -339,7 +338,7 @@ class Core:
         weights = state.memory_weights or (1.0,) * len(state.memory)
         return (
             (*state.memory, *(result.edge for result in results))[-num_teachers:],
-            (*weights, *(result.weight for result in results))[-num_teachers:],
+            (*weights, *(result.weight * result.trust for result in results))[-num_teachers:],
         )
 
     def _known(self, logits: Tensor) -> float:
@@ -489,7 +488,8 @@ def student_start(
 ) -> StateDict:
     """Move the core by a share of the mean movement of all edges.
 
-    The movement of an edge is the mean of its clones minus the model that the edge was sent.
+    The movement of an edge is the mean of its clones minus the model that the edge was sent, times
+    the trust in this edge.
     Buffers are interpolated between the core and the mean of the edges' buffers instead, because
     adding a difference could make a running variance negative. Integer buffers are counters and
     stay those of the core.
@@ -503,11 +503,26 @@ def student_start(
     for name, tensor in core.items():
         if tensor.is_floating_point():
             movements = [
-                centre[name] - (origin[name] if name in trained else tensor)
-                for centre, origin in zip(centres, origins)
+                result.trust * (centre[name] - (origin[name] if name in trained else tensor))
+                for result, centre, origin in zip(results, centres, origins)
             ]
             start[name] = tensor + share * torch.stack(movements).mean(0)
     return start
+
+
+def _check_clone_axis(edge: Ensemble, core: StateDict) -> None:
+    for name, tensor in core.items():
+        if name not in edge or edge[name].shape[1:] != tensor.shape:
+            expected = f"[E{''.join(f', {length}' for length in tensor.shape)}]"
+            actual = list(edge[name].shape) if name in edge else "no such tensor"
+            raise ValueError(
+                f"edge: {name}: expected {expected} as as_ensemble returns it, got {actual}"
+            )
+
+
+def _check_trust(trust: float) -> None:
+    if not 0 <= trust <= 1:
+        raise ValueError(f"trust: expected 0 to 1, got {trust}")
 
 
 def _compare(core: Tensor, edge: Tensor, labels: Tensor, task: Task) -> dict[str, float]:

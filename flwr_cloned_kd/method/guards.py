@@ -1,94 +1,21 @@
-"""Guards: rules that refuse an edge for what its answer shows on data of the core."""
+"""Rules that refuse or trust an edge by what its answer shows on data of the core."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 
-from torch import Tensor
+import torch
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Evidence:
-    """What a core has measured of the answer of one edge, on data of its own.
-
-    A guard gets it twice. The first time is before the distillation: `after` and `train_accuracy`
-    are None, and a refusal saves the distillation. The second time is after it.
-
-    The masks say which elements of the validation data a model predicts correctly; that is
-    `Core.validation`, or the core data without it. An element is a sample, or a token or pixel that
-    counts, by the task.
-
-    Args:
-        labels: of these elements, `[N]`.
-        before: mask `[N]` of the core before the round.
-        clones: masks `[E, N]` of the clones.
-        ensemble: mask `[N]` of the mean of the clones' predictions.
-        movement: L2 norm of the mean of the clones minus the model that the edge was sent, over all
-            parameters that train; in units of the norm of that model, at least 0.
-        direction: cosine between this movement and the mean way from the core to the ensembles of
-            the memory, in [-1, 1]; None if the memory is empty or a movement is zero.
-        history: the core's accuracy on its own data after Phase 0 and after each accepted round,
-            oldest first; fractions in [0, 1].
-        after: mask `[N]` of the core after the distillation.
-        train_accuracy: of that core on its own data.
-
-    Examples:
-        >>> import torch
-        >>> from flwr_cloned_kd import Core, Evidence
-        >>> def refuse_long_steps(evidence: Evidence) -> str | None:  # a guard of your own
-        ...     return "it moved too far" if evidence.movement > 2 else None
-        >>> right = torch.ones(4, dtype=torch.bool)
-        >>> evidence = Evidence(
-        ...     labels=torch.arange(4),
-        ...     before=right,
-        ...     clones=right[None],
-        ...     ensemble=right,
-        ...     movement=3.0,
-        ...     direction=None,
-        ...     history=(0.9,),
-        ... )
-        >>> refuse_long_steps(evidence)
-        'it moved too far'
-    """
-
-    labels: Tensor
-    before: Tensor
-    clones: Tensor
-    ensemble: Tensor
-    movement: float
-    direction: float | None
-    history: tuple[float, ...]
-    after: Tensor | None = None
-    train_accuracy: float | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """Return the numbers that a round reports; accuracies are fractions in [0, 1]."""
-        numbers = {
-            "validation-before": share(self.before),
-            "validation-ensemble": share(self.ensemble),
-            "movement": self.movement,
-        }
-        if self.direction is not None:
-            numbers["direction"] = self.direction
-        if self.after is not None:
-            numbers["validation-after"] = share(self.after)
-        return numbers
-
-    def recall(self, mask: Tensor) -> dict[int, float]:
-        """Return the share of correct elements of each class that has any; class -> fraction."""
-        labels = sorted(set(self.labels.tolist()))
-        return {label: share(mask[self.labels == label]) for label in labels}
-
+from .evidence import Evidence, share
 
 Guard = Callable[[Evidence], str | None]
 """Evidence -> why the edge is refused, in one line; None accepts it."""
 
+Trust = Callable[[Evidence], float]
+"""Evidence before the distillation -> how far the core trusts the edge, in [0, 1]."""
+
 Score = Callable[[Evidence], float | None]
 """Evidence -> a number that is the higher, the worse the edge; None before it can be known."""
-
-
-def share(mask: Tensor) -> float:
-    """Return the share of True in a mask, a fraction in [0, 1]."""
-    return float(mask.double().mean())
 
 
 def train_accuracy_jump(evidence: Evidence) -> float | None:
@@ -124,10 +51,58 @@ def class_drop(evidence: Evidence) -> float | None:
         >>> from flwr_cloned_kd import Limit, class_drop
         >>> guard = Limit(class_drop, 0.2)  # at most twenty points of any class
     """
+    return evidence.class_drop()
+
+
+def loss_rise(evidence: Evidence) -> float | None:
+    """Return how far the core's loss on the validation data rose by the distillation.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, loss_rise
+        >>> guard = Limit(loss_rise, 0.1)  # in the unit of the loss
+    """
+    return evidence.loss_rise()
+
+
+def drop_confidence(evidence: Evidence) -> float | None:
+    """Return how sure it is that the core's accuracy on the validation data fell.
+
+    It is 1 - p, p being the one-sided p-value of McNemar's exact test: the probability that of the
+    elements that changed, as many or more were lost, if losses and gains are equally likely. With
+    `Limit(drop_confidence, 0.99)` a core that becomes neither better nor worse refuses at most one
+    edge in a hundred. A probability in [0, 1]; its threshold needs no calibration.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, drop_confidence
+        >>> guard = Limit(drop_confidence, 0.99)
+    """
     if evidence.after is None:
         return None
-    before, after = evidence.recall(evidence.before), evidence.recall(evidence.after)
-    return max(before[label] - after[label] for label in before)
+    lost = int((evidence.before & ~evidence.after).sum())
+    gained = int((~evidence.before & evidence.after).sum())
+    changed = torch.tensor(float(lost + gained), dtype=torch.float64)
+    losses = torch.arange(lost, lost + gained + 1, dtype=torch.float64)
+    log_choices = changed.add(1).lgamma() - (losses + 1).lgamma() - (changed - losses + 1).lgamma()
+    p_value = (log_choices - changed * log(2)).logsumexp(0).exp()
+    return 1 - min(float(p_value), 1.0)
+
+
+def edge_drop(evidence: Evidence) -> float | None:
+    """Return the fall of accuracy on the validation data over all rounds of this edge.
+
+    It is the sum of the falls of its accepted rounds, with the present one. A poison in many small
+    steps stays below a threshold for one round, and not below the same threshold for their sum.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, edge_drop
+        >>> guard = Limit(edge_drop, 0.1)
+    """
+    fall = validation_drop(evidence)
+    if fall is None:
+        return None
+    accepted = [row for row in evidence.earlier if row.get("accepted")]
+    keys = ("validation-before", "validation-after")
+    return fall + sum(row[keys[0]] - row[keys[1]] for row in accepted if row.keys() >= {*keys})
 
 
 def ensemble_gap(evidence: Evidence) -> float:
@@ -140,6 +115,20 @@ def ensemble_gap(evidence: Evidence) -> float:
     return share(evidence.before) - share(evidence.ensemble)
 
 
+def disagreement(evidence: Evidence) -> float | None:
+    """Return the share of elements of which the memory is right and the ensemble is wrong.
+
+    It is known before Phase 2, and None while the memory is empty.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, disagreement
+        >>> guard = Limit(disagreement, 0.3)  # refuses before the distillation is paid for
+    """
+    if evidence.memory is None:
+        return None
+    return share(evidence.memory & ~evidence.ensemble)
+
+
 def movement(evidence: Evidence) -> float:
     """Return the length of the movement, relative to the model that was sent.
 
@@ -148,6 +137,24 @@ def movement(evidence: Evidence) -> float:
         >>> guard = Limit(movement, 2.0)  # at most twice the norm of the model that was sent
     """
     return evidence.movement
+
+
+def relative_accuracy(evidence: Evidence) -> float:
+    """Trust an edge by the accuracy of its ensemble, as a part of the core's; at most 1.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Recipe, relative_accuracy
+        >>> data = torch.randn(16, 2), torch.arange(16) % 2
+        >>> core = Core(
+        ...     model=torch.nn.Linear(2, 2),
+        ...     dataset=data,
+        ...     recipe=Recipe(epochs=2),
+        ...     trust=relative_accuracy,
+        ... )
+    """
+    before = share(evidence.before)
+    return min(1.0, share(evidence.ensemble) / before) if before else 1.0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
 from ..method.core import Core, edge_seed, train_edge
-from ..method.guards import Evidence
+from ..method.evidence import Evidence
 from ..method.state import CoreState
 from ..method.variants import VARIANTS, Send, independent
 from .runs import Run, with_functions
@@ -157,10 +157,14 @@ def _set_up(run: Run) -> _Setup:
     core = build_core(settings)
     train, held_out = load(settings)
     parts = split(settings, train[1])
-    num_rows = max(2, round(run.core_share * len(parts[0])))
+    dataset = core.dataset
+    if run.central:
+        dataset = train
+    elif run.core_share < 1:
+        dataset = take(train, parts[0][: max(2, round(run.core_share * len(parts[0])))])
     core = replace(
         core,
-        dataset=train if run.central else take(train, parts[0][:num_rows]),
+        dataset=dataset,
         distillation=replace(core.distillation, **with_functions(run.distillation)),
         runtime=replace(core.runtime, log=None),
     )

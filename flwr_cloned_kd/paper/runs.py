@@ -3,16 +3,16 @@
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..apps.build import phase_2
+from ..apps.build import num_clones, phase_2
 from ..apps.settings import Settings, affects_result
 from ..attacks.suite import ATTACKS
 from ..io.wire import check_wire_dtype
 from ..method.presets import SELECTIONS, START_RULES
-from ..method.variants import VARIANTS
 
 NEWER = ("wire_dtype", "attack", "strength", "bad_edges")
-"""Options of `Run` that records from before do not have. Their defaults are left out of the key of
-a run, so that these records keep their keys."""
+NEWER_SETTINGS = ("trust", "validation_share")
+"""Options of `Run` and of `Settings` that records from before do not have. Their defaults are left
+out of the key of a run, so that these records keep their keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Run:
     @property
     def num_clones(self) -> int:
         """The number of clones that an edge trains."""
-        return self.settings.num_clones or VARIANTS[self.settings.variant].num_clones
+        return num_clones(self.settings)
 
     def visits(self, server_round: int) -> tuple[list[int], int]:
         """Return the edges, from 0, of a round, from 1, and the rounds that they are late."""
@@ -96,6 +96,9 @@ def describe(run: Run) -> dict[str, Any]:
     """Return what determines the records of a run, ready for JSON."""
     read = affects_result()
     settings = {name: value for name, value in asdict(run.settings).items() if name in read}
+    for option in fields(run.settings):
+        if option.name in NEWER_SETTINGS and settings[option.name] == option.default:
+            del settings[option.name]
     # The effect of Phase 2 counts. The name of its preset does not: it may get another meaning.
     for name in ("preset", "distill_augment"):
         del settings[name]

@@ -1,16 +1,23 @@
 """What is made from the settings of a run."""
 
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 
 from flwr_cloned_kd import (
     VARIANTS,
     HingeStaleness,
+    Limit,
     PolynomialStaleness,
     Runtime,
     TrainAccuracyDrop,
     TrainAccuracyJump,
+    calibrate,
+    drop_confidence,
+    ensemble_gap,
+    relative_accuracy,
 )
+from flwr_cloned_kd.apps import build
 from flwr_cloned_kd.apps.build import build_core, load, model, slow_edge, split, staleness_weight
 from flwr_cloned_kd.apps.settings import Settings
 from tests.apps.quickstart import client_fn
@@ -46,6 +53,27 @@ def test_knobs_reach_what_they_are_for():
     assert core.runtime == Runtime(device="cpu", bf16=True, compile=False, batch_clones=False)
     assert build_core(Settings(variant="CPP")).distillation.memory_size == 1
     assert build_core(Settings()).distillation.memory_size == VARIANTS["CEM"].memory_size
+
+
+def test_a_guard_by_false_alarms_needs_no_threshold_of_accuracy():
+    core = build_core(Settings(guard="validation", guard_threshold=0.01))
+    assert core.guard == Limit(drop_confidence, 0.99)
+    settings = Settings(guard="gap", guard_threshold=0.05, core_epochs=1, edge_epochs=1)
+    core = build_core(settings)
+    state = core.state(core.pretrain())
+    edges = build.recipe(settings, 1)
+    assert core.guard == calibrate(core, state, ensemble_gap, false_alarms=0.05, recipe=edges)
+
+
+def test_validation_data_is_a_part_of_the_cores_data():
+    whole = build_core(Settings()).dataset
+    core = build_core(Settings(validation_share=0.2, trust="relative-accuracy"))
+    num_validation = round(0.2 * len(whole[1]))
+    assert len(core.validation[1]) == num_validation
+    parts = zip(whole, core.dataset, core.validation)
+    assert all(torch.equal(data, torch.cat(pair)) for data, *pair in parts)
+    assert core.trust is relative_accuracy
+    assert build_core(Settings()).validation is None
 
 
 def context_of(partition_id, **run_config):

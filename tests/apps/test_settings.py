@@ -185,6 +185,12 @@ def test_the_range_of_a_knob_is_that_of_the_object_it_is_for(name, make):
         ({"dataset": "npz"}, "data-path: expected the place of the npz data, got ''"),
         ({"noisy-edges": "3,9"}, "noisy-edges: expected partition ids below 9"),
         ({"noise-probability": 1.5}, "noise-probability: expected a fraction, 0 to 1, got 1.5"),
+        (
+            {"guard": "gap", "guard-threshold": 0.0},
+            "guard-threshold: expected above 0 and below 1 for the guard gap, got 0.0",
+        ),
+        ({"validation-share": 1.0}, "validation-share: expected a fraction, 0 to 1, and below 1"),
+        ({"trust": "blind"}, "trust: expected one of full, relative-accuracy, got 'blind'"),
         ({"timeout": 0}, "timeout: expected above 0, got 0.0"),
         ({"split": "sorted"}, "split: expected one of random, dirichlet, one-class"),
         ({"edge-delays": "1,x"}, "edge-delays: expected at most 9 numbers of seconds, got '1,x'"),

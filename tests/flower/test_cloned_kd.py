@@ -340,6 +340,15 @@ def test_a_guard_refuses_a_round_and_says_so(flower_log):
     assert any("edge 0 refused: too good" in line for line in flower_log)
 
 
+@pytest.mark.parametrize("revisit", [True, False])
+def test_a_guard_sees_the_earlier_rounds_of_a_revisited_edge(revisit):
+    calls = []
+    core = small_core(guard=calls.append)
+    run(core, FakeGrid(apps(2)), rounds=4 if revisit else 2, revisit=revisit)
+    rounds = [[row["round"] for row in evidence.earlier] for evidence in calls[::2]]
+    assert rounds == ([[], [], [1], [2]] if revisit else [[], []])
+
+
 def quickstart_client():
     """A client written the way Flower's PyTorch quickstart writes it."""
     client_app = ClientApp()

@@ -1,13 +1,14 @@
 """One Phase 2 for several edges: its teachers, its start, its memory and its twin."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from flwr_cloned_kd import CoreState, Limit, Recipe, correct, movement, train_edge
-from flwr_cloned_kd.engine.ensemble import mean
+from flwr_cloned_kd import CoreState, Limit, Recipe, correct, movement, predict, train_edge
+from flwr_cloned_kd.engine.ensemble import clone, mean
 from flwr_cloned_kd.method import core as core_module
 from flwr_cloned_kd.method.core import EdgeResult, student_start
 from tests.helpers.cores import make_core, start_of
@@ -186,3 +187,75 @@ def test_kept_targets_stay_below_the_limit():
     core = core_of(distillation={"memory_size": 2}, runtime=type(core.runtime)(target_bytes=limit))
     core.distill_all(start_of(core), results_of(4))
     assert core.target_cache.num_bytes <= limit
+
+
+def test_full_trust_changes_no_bit_and_trust_reaches_the_movement_and_the_weight():
+    results = results_of(2)
+    plain, _ = core_of().distill_all(start_of(core_of()), results)
+    full = core_of(trust=lambda evidence: 1.0)
+    trusted, metrics = full.distill_all(start_of(full), results)
+    assert same_bits(plain.params, trusted.params)
+    assert [row["trust"] for row in metrics] == [1.0, 1.0]
+    assert metrics[0]["movement"] > 0
+    half = core_of(trust=lambda evidence: 0.5)
+    halved, _ = half.distill_all(start_of(half), results)
+    by_hand = [result._replace(trust=0.5) for result in results]
+    expected, _ = core_of().distill_all(start_of(core_of()), by_hand)
+    assert same_bits(halved.params, expected.params)
+    assert not same_bits(halved.params, plain.params)
+    assert halved.memory_weights == (0.5, 0.5)
+
+
+def test_half_the_trust_is_half_the_movement():
+    core, edge = mlp(), edge_of(0)
+    now = snapshot(core.state_dict())
+    half = student_start(core, now, [EdgeResult(edge, trust=0.5)], 1.0)
+    assert same_bits(half, student_start(core, now, [EdgeResult(edge)], 0.5))
+
+
+def test_an_edge_without_trust_moves_nothing_and_teaches_nothing():
+    core = core_of(distillation={"student_start": 1.0}, trust=lambda evidence: 0.0)
+    good, other = results_of(2)
+    first, _ = core.distill(start_of(core), good.edge)
+    second, _ = core.distill(start_of(core), other.edge)
+    assert same_bits(first.params, second.params)
+
+
+@pytest.mark.parametrize("trust", [-0.1, 1.1, float("nan")])
+def test_trust_out_of_range_is_refused(trust):
+    core = core_of(trust=lambda evidence: trust)
+    with pytest.raises(ValueError, match="trust: expected 0 to 1, got"):
+        core.distill(start_of(core), edge_of(0))
+    with pytest.raises(ValueError, match="trust: expected 0 to 1, got"):
+        core_of().distill_all(start_of(core), [EdgeResult(edge_of(0), trust=trust)])
+
+
+def test_the_evidence_holds_the_memory_the_losses_and_the_earlier_rounds():
+    calls = []
+    core = core_of(guard=calls.append, held_out=HELD_OUT)
+    state, first = core.distill(start_of(core), edge_of(0))
+    result = EdgeResult(edge_of(1), earlier=[first])
+    after, _ = core.distill_all(state, [result])
+    assert [evidence.memory is None for evidence in calls] == [True, True, False, False]
+    inputs, labels = core.dataset
+    outputs = predict(core.model, state.memory[0], inputs)
+    remembered = outputs.softmax(-1).mean(0).argmax(-1) == labels
+    assert torch.equal(calls[2].memory, remembered)
+    assert calls[2].earlier == (first,)
+    logits = [
+        predict(core.model, clone(core_state.params, 1), inputs)[0] for core_state in (state, after)
+    ]
+    losses = [float(torch.nn.functional.cross_entropy(outputs, labels)) for outputs in logits]
+    assert [calls[3].loss_before, calls[3].loss_after] == pytest.approx(losses)
+    assert calls[2].loss_after is None
+
+
+def test_a_plain_model_in_the_place_of_an_ensemble_is_named():
+    core = core_of()
+    state = start_of(core)
+    name, tensor = next(iter(state.params.items()))
+    expected = f"edge: {name}: expected [E, {', '.join(map(str, tensor.shape))}] as as_ensemble"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        core.distill(state, state.params)
+    with pytest.raises(ValueError, match="got no such tensor"):
+        core.distill(state, {})

@@ -1,5 +1,7 @@
 """Guards: scores by hand, reasons, and what composes them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +15,13 @@ from flwr_cloned_kd import (
     TrainAccuracyDrop,
     TrainAccuracyJump,
     class_drop,
+    disagreement,
+    drop_confidence,
+    edge_drop,
     ensemble_gap,
+    loss_rise,
     movement,
+    relative_accuracy,
     validation_drop,
 )
 from tests.helpers.reference import few
@@ -40,6 +47,11 @@ def evidence_of(accuracy=None, history=(), *, before="111100", after=None, ensem
         after=None if after is None else mask(after),
         train_accuracy=accuracy,
     )
+
+
+def evidence_with(*, before, after):
+    labels = torch.zeros(len(before), dtype=torch.int64)
+    return replace(evidence_of(), labels=labels, before=before, after=after)
 
 
 @pytest.mark.parametrize(("accuracy", "refused"), [(0.69, False), (0.71, True), (1.0, True)])
@@ -103,7 +115,70 @@ def test_the_metrics_hold_what_is_known():
     before = {"validation-before": 4 / 6, "validation-ensemble": 4 / 6, "movement": 0.25}
     assert evidence_of().metrics() == pytest.approx(before)
     after = evidence_of(0.5, after="100001").metrics()
-    assert after == pytest.approx(before | {"validation-after": 2 / 6})
+    assert after == pytest.approx(before | {"validation-after": 2 / 6, "class-drop": 0.75})
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p_value"),
+    [
+        (0, 0, 1.0),
+        (0, 3, 1.0),
+        (1, 0, 1 / 2),
+        (5, 0, 1 / 32),
+        (4, 1, 6 / 32),  # of five elements at least four: 5 + 1 of 32 ways
+        (3, 3, 42 / 64),
+    ],
+)
+def test_the_confidence_of_a_drop_is_that_of_mcnemars_test(lost, gained, p_value):
+    before = "1" * lost + "0" * gained + "11"
+    after = "0" * lost + "1" * gained + "11"
+    evidence = evidence_with(before=mask(before), after=mask(after))
+    assert drop_confidence(evidence) == pytest.approx(1 - p_value, abs=1e-12)
+
+
+def test_a_drop_of_many_elements_has_a_finite_confidence():
+    before = torch.arange(200_000) % 2 == 0
+    assert drop_confidence(evidence_with(before=before, after=before.flip(0))) < 0.6
+    assert drop_confidence(evidence_with(before=before, after=torch.zeros_like(before))) == 1
+
+
+def test_scores_before_the_distillation_that_need_it_are_none():
+    for score in (drop_confidence, edge_drop, loss_rise, class_drop, validation_drop):
+        assert score(evidence_of()) is None
+    assert disagreement(evidence_of()) is None
+
+
+def test_the_rise_of_the_loss_is_reported():
+    evidence = replace(evidence_of(after="100001"), loss_before=0.5, loss_after=0.75)
+    assert loss_rise(evidence) == 0.25
+    assert evidence.metrics()["loss-rise"] == 0.25
+
+
+def test_the_memory_disagrees_where_it_knows_better():
+    evidence = replace(evidence_of(ensemble="110011"), memory=mask("101110"))
+    assert disagreement(evidence) == pytest.approx(2 / 6)
+    assert evidence.metrics()["memory-agreement"] == pytest.approx(2 / 6)
+
+
+def test_the_drop_of_an_edge_is_summed_over_its_accepted_rounds():
+    accepted = {"accepted": 1.0, "validation-before": 0.9, "validation-after": 0.8}
+    refused = {"accepted": 0.0, "validation-before": 0.8, "validation-after": 0.1}
+    unmeasured = {"accepted": 1.0}
+    evidence = replace(evidence_of(after="110000"), earlier=(accepted, refused, unmeasured))
+    assert edge_drop(evidence) == pytest.approx(0.1 + 2 / 6)
+
+
+def test_labels_that_are_no_classes_have_no_class_drop():
+    evidence = replace(evidence_of(after="110000"), labels=torch.linspace(0, 1, 6))
+    assert class_drop(evidence) is None
+
+
+def test_relative_accuracy_by_hand():
+    assert relative_accuracy(evidence_of(before="111100", ensemble="100000")) == pytest.approx(
+        1 / 4
+    )
+    assert relative_accuracy(evidence_of(before="100000", ensemble="110000")) == 1
+    assert relative_accuracy(evidence_of(before="000000", ensemble="000000")) == 1
 
 
 def refuses(reason):

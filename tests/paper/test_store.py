@@ -12,7 +12,7 @@ import pytest
 
 from flwr_cloned_kd.io.checkpoint import newest, previous, write
 from flwr_cloned_kd.paper import store
-from flwr_cloned_kd.paper.runs import NEWER, Run, describe
+from flwr_cloned_kd.paper.runs import NEWER, NEWER_SETTINGS, Run, describe
 from flwr_cloned_kd.paper.store import key, records, stored
 
 
@@ -198,6 +198,9 @@ def test_options_that_records_from_before_lack_leave_their_keys(tiny):
     assert describe(replace(run, wire_dtype="int8")) == describe(run) | {"wire_dtype": "int8"}
     attack = {"attack": "noise", "strength": 3.0, "bad_edges": (1,)}
     assert describe(replace(run, **attack)) == describe(run) | attack
+    assert not {*NEWER_SETTINGS} & describe(run)["settings"].keys()
+    changed = replace(run, settings=replace(tiny, validation_share=0.2))
+    assert describe(changed)["settings"] == describe(run)["settings"] | {"validation_share": 0.2}
 
 
 def test_the_committed_records_have_the_keys_of_runs_today(tiny):

@@ -5,7 +5,7 @@ from functools import partial
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from flwr_cloned_kd import VARIANTS, ClonedKD, Core, take
+from flwr_cloned_kd import VARIANTS, ClonedKD
 from flwr_cloned_kd.apps import Report, Settings, build, run_baseline
 
 app = ServerApp()
@@ -15,17 +15,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run cloned KD, and the strategies to compare it with, from the same first core."""
     settings = Settings.read(context.run_config)
-    train, held_out = build.load(settings)
-    core = Core(
-        model=build.model(settings),
-        dataset=take(train, build.split(settings, train[1])[0]),
-        recipe=build.recipe(settings, settings.core_epochs),
-        distillation=build.phase_2(settings),
-        guard=build.guard(settings),
-        held_out=held_out,
-        seed=settings.seed,
-        runtime=build.runtime(settings, settings.device),
-    )
+    core = build.build_core(settings)
     params = core.pretrain()  # Phase 0
     report = Report(settings, core, core.held_out_accuracy(params))
     variant = VARIANTS[settings.variant]
@@ -35,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
             continue
         strategy = ClonedKD(
             core,
-            num_clones=settings.num_clones or variant.num_clones,
+            num_clones=build.num_clones(settings),
             max_in_flight=settings.max_in_flight,
             max_together=settings.max_together,
             max_staleness=build.max_staleness(settings),
