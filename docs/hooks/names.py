@@ -7,7 +7,7 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 DIRECTIVE = re.compile(r"^::: ((?:\w+\.)+(\w+))$", re.MULTILINE)
-CODE = re.compile(r"<(a|b|pre|h\d)\b.*?</\1>|<code>(\w+)</code>", re.DOTALL)
+CODE = re.compile(r"<(a|b|pre|h\d)\b.*?</\1>|<code>((\w+)(?:\.\w+)?)</code>", re.DOTALL)
 """An element in which a name is no link (such as a parameter, which is bold), or a name."""
 ALSO_METRICS = {"accuracy", "distillation", "movement"}
 """Public names that also name a metric or a parameter, so that a link could be wrong."""
@@ -27,8 +27,12 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Mark the names; the plugin autorefs then resolves them."""
 
     def link(match: re.Match[str]) -> str:
-        if match[2] not in _paths.keys() - ALSO_METRICS:
-            return match[0]
-        return f'<autoref identifier="{_paths[match[2]]}">{match[0]}</autoref>'
+        code, path, name = match[0], match[2], match[3]
+        if name not in _paths.keys() - ALSO_METRICS:
+            return code
+        identifier = _paths[name] + path.removeprefix(name)
+        # Not every attribute has a place of its own: `Recipe.epochs` stays without a link.
+        optional = " optional" if path != name else ""
+        return f'<autoref identifier="{identifier}"{optional}>{code}</autoref>'
 
     return CODE.sub(link, html)

@@ -95,6 +95,7 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
         events: `AsyncStrategy.events` of any run, or `VirtualGrid.events`, which do not include
             what the core does.
         path: where to write the picture; the suffix determines its format.
+        title: above the picture.
 
     Raises:
         ImportError: without matplotlib.

@@ -23,6 +23,12 @@ def load_digits(test_size: int = 360) -> tuple[Dataset, Dataset]:
 
     The split is fixed and stratified. The data is part of scikit-learn; nothing is downloaded.
 
+    Args:
+        test_size: number of test images, below 1,797.
+
+    Raises:
+        ImportError: without scikit-learn.
+
     Examples:
         >>> from flwr_cloned_kd import load_digits
         >>> train, test = load_digits()
@@ -48,6 +54,10 @@ def load_cifar100(root: str | Path, *, download: bool = True) -> tuple[Dataset, 
 
     Args:
         root: folder that holds torchvision's `cifar-100-python`, or to which it is downloaded.
+        download: whether to download the data if the folder does not hold them.
+
+    Raises:
+        RuntimeError: if the folder does not hold the data and `download` is False.
 
     Examples:
         >>> from flwr_cloned_kd import load_cifar100
@@ -200,6 +210,11 @@ def partition(num_samples: int, num_parts: int, *, seed: int = 0) -> list[Tensor
     Each of 10 parts of the 50,000 CIFAR-100 images has 50 images per class on average, with a
     standard deviation of 6.7.
 
+    Args:
+        num_samples: number of rows.
+        num_parts: number of parts, at least 1.
+        seed: determines the split.
+
     Returns:
         `num_parts` int64 tensors of row numbers, sizes differing by at most one.
 
@@ -248,6 +263,10 @@ def partition_with(partitioner: Any, labels: Tensor) -> list[Tensor]:
 
 def take(dataset: Dataset, rows: Tensor | Sequence[int]) -> Dataset:
     """Return a copy of some rows of a dataset, given their numbers.
+
+    Args:
+        dataset: inputs and labels.
+        rows: row numbers from 0, in the order of the result.
 
     Examples:
         >>> import torch

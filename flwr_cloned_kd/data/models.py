@@ -93,6 +93,9 @@ def resnet(
 
     Args:
         depth: 6n + 2 for n blocks per stage: 8, 14, 20, 32, 44, 56, 110, ...
+        num_classes: number of outputs.
+        channels: of the images: 1 for grey, 3 for colours.
+        width: channels of the first stage.
         seed: determines the initial weights; the global generator is not touched.
         pixels: mean and standard deviation `[channels]` of raw pixels, as `moments` returns them;
             the model then standardises its inputs. None: floats stay as they are, and integers
@@ -117,7 +120,12 @@ def resnet(
 
 
 def resnet32(num_classes: int = 100, *, seed: int = 0, pixels: Moments | None = None) -> nn.Module:
-    """Build the paper's model: ResNet-32, about 0.47 million parameters; see `resnet`.
+    """Build the paper's model: ResNet-32, about 0.47 million parameters.
+
+    Args:
+        num_classes: number of outputs.
+        seed: determines the initial weights.
+        pixels: mean and standard deviation of raw pixels, see `resnet`.
 
     Examples:
         >>> from flwr_cloned_kd import resnet32

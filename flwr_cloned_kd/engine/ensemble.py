@@ -38,6 +38,10 @@ MAX_NAME_CHARACTERS = 80
 def clone(params: Mapping[str, Tensor], num_clones: int) -> Ensemble:
     """Copy one model `num_clones` times: every `[*shape]` becomes `[num_clones, *shape]`.
 
+    Args:
+        params: the model.
+        num_clones: E, at least 1.
+
     Raises:
         ValueError: if `num_clones` is below 1.
 

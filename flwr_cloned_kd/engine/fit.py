@@ -49,11 +49,14 @@ def fit(
         ensemble: the starts `[E, ...]`; E = 1 trains a single model.
         dataset: inputs `[N, ...]` and labels `[N, ...]`, or data in any form that `as_dataset`
             converts.
+        recipe: how to train.
         task: what the outputs mean; `Recipe.stop` gets its accuracy.
         loss: (outputs, batch) -> scalar; None is the loss of the task.
         targets: batch -> targets of the teachers, which become `batch.targets` for the loss.
+        seed: of the shuffles, augmentations and label noise.
         view_seed: draw the views of a finite augmentation from this seed and the number of the
             epoch, the same views for every clone; see `epoch_views`. None draws them from `seed`.
+        runtime: speed only.
         phase: name of the phase in the progress lines.
 
     Returns:
@@ -195,7 +198,11 @@ def predict(
     """Compute the outputs `[E, N, ...]` of every clone for inputs `[N, ...]`, on the CPU.
 
     Args:
+        model: the architecture; its own weights are not used.
+        ensemble: the clones `[E, ...]`.
         inputs: a tensor or array `[N, ...]`, or a nested dict or tuple of such.
+        runtime: speed only.
+        batch_size: samples at once, at least 1; None: as many as the device takes well.
 
     Raises:
         ValueError: if the outputs do not fit into the free memory.
@@ -224,6 +231,11 @@ def predict(
 
 def accuracy(outputs: Tensor, labels: Tensor, task: Task = classification) -> Tensor:
     """Return the fraction of correct predictions, `[...]` for outputs `[..., N, *]`.
+
+    Args:
+        outputs: of one model `[N, *]`, or of an ensemble `[E, N, *]`.
+        labels: `[N, *]`.
+        task: says which predictions are correct, and which elements count.
 
     Examples:
         >>> import torch

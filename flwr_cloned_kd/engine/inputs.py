@@ -111,6 +111,8 @@ def shuffle_labels(labels: Tensor, generator: torch.Generator, *, p: float = 1.0
     """Make an edge noisy: with probability `p` permute the labels `[B]` of a batch (Sec. 5.3).
 
     Args:
+        labels: of one batch.
+        generator: source of the random draws.
         p: fraction of batches whose labels are permuted, in [0, 1].
 
     Raises:

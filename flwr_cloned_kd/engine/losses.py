@@ -86,6 +86,9 @@ def distillation(
         task: what the outputs mean; its loss stands for the cross entropy, and its divergence for
             the KL divergence.
 
+    Raises:
+        ValueError: when the loss is called, for a batch without targets.
+
     Examples:
         >>> import torch
         >>> from flwr_cloned_kd import Recipe, clone, distillation, fit

@@ -16,6 +16,10 @@ from .counts import check_count
 def fold_in(seed: int, *path: int | str) -> int:
     """Derive the seed of one purpose from the seed of a run: 63 bits, by SHA-256 of the path.
 
+    Args:
+        seed: of the run.
+        path: what the seed is for, such as "phase-1" and the number of the round.
+
     Examples:
         >>> from flwr_cloned_kd import fold_in
         >>> fold_in(0, "phase-1", 3) == fold_in(0, "phase-1", 3)
@@ -111,6 +115,8 @@ class Recipe:
         batch_size: the last batch of an epoch may be smaller. A single left-over sample is
             skipped, because batch normalisation cannot train on one sample.
         lr: learning rate, at least 0.
+        momentum: of the default optimizer, SGD, at least 0.
+        weight_decay: of the default optimizer, SGD, at least 0.
         optimizer: (parameters, lr=...) -> optimizer, such as `torch.optim.AdamW` or
             `partial(torch.optim.AdamW, weight_decay=0.01)`. It gets the `lr` of the recipe. None is
             SGD with `momentum` and `weight_decay`, which no other optimizer reads.

@@ -39,6 +39,7 @@ def calibrate(
         core: with the data, the recipes and the validation data of the run; its guard and its
             rule of trust are not used.
         state: where the stand-ins start, usually the core after Phase 0.
+        score: the score whose threshold is wanted, such as `validation_drop`.
         false_alarms: probability to refuse an honest edge, above 0 and below 1.
         stand_ins: number of trained stand-ins, at least 3; each costs one edge and one Phase 2, or
             the edge alone if the score is known before the distillation.

@@ -11,6 +11,11 @@ class Venn:
 
     Fractions in [0, 1]; the remaining share is what neither model classifies correctly.
 
+    Args:
+        student_only: share that only the student classifies correctly.
+        both: share that both classify correctly.
+        teacher_only: share that only the teacher classifies correctly.
+
     Examples:
         >>> import torch
         >>> from flwr_cloned_kd import Venn

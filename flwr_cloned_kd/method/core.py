@@ -87,6 +87,9 @@ class Core:
             and uses the kept targets unless the model, the dataset, the task, the distillation,
             the seed or the runtime was replaced.
 
+    Raises:
+        ValueError: if the data do not fit the model or the task.
+
     Examples:
         >>> import torch
         >>> from flwr_cloned_kd import Core, Recipe, train_edge
@@ -437,6 +440,13 @@ class Core:
 def edge_seed(seed: int, server_round: int) -> int:
     """Derive the seed of Phase 1 in one round from the seed of the core.
 
+    Args:
+        seed: of the core.
+        server_round: number of the request, from 1.
+
+    Returns:
+        An integer of 63 bits.
+
     Examples:
         >>> from flwr_cloned_kd import edge_seed
         >>> edge_seed(0, 1) == edge_seed(0, 2)
@@ -458,8 +468,21 @@ def train_edge(
 ) -> Ensemble:
     """Phase 1: train clones of the core on private data; they differ in their batches (Sec. 4.2).
 
+    Args:
+        model: the architecture of the core; its own weights are not used.
+        params: the model that the edge was sent, from which every clone starts.
+        dataset: the private data, in any form that `as_dataset` converts.
+        recipe: how Phase 1 trains.
+        task: what the outputs of the model mean, as for the core.
+        num_clones: E, at least 1.
+        seed: of the shuffles and augmentations; `edge_seed` gives each round another one.
+        runtime: speed only.
+
     Returns:
         The ensemble `[num_clones, ...]`.
+
+    Raises:
+        ValueError: as `fit`, or if `num_clones` is below 1.
 
     Examples:
         >>> import torch

@@ -186,6 +186,9 @@ class Limit:
 class AnyOf:
     """Refuse an edge that at least one guard refuses; the first reason counts.
 
+    Args:
+        guards: asked in this order.
+
     Examples:
         >>> from flwr_cloned_kd import AnyOf, Limit, TrainAccuracyDrop, movement
         >>> guard = AnyOf([TrainAccuracyDrop(0.1), Limit(movement, 2.0)])
@@ -201,6 +204,9 @@ class AnyOf:
 @dataclass(frozen=True)
 class AllOf:
     """Refuse an edge that every guard refuses at the same time.
+
+    Args:
+        guards: at least one; without a guard no edge is refused.
 
     Examples:
         >>> from flwr_cloned_kd import AllOf, Limit, class_drop, movement

@@ -40,6 +40,9 @@ def as_draw(value: Draw | float) -> Draw:
 class Constant:
     """Always the same number.
 
+    Args:
+        value: the number, in the unit of the option, such as seconds.
+
     Examples:
         >>> from flwr_cloned_kd import Constant
         >>> Constant(60.0)(edge=3, visit=1, seed=0)
