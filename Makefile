@@ -3,6 +3,7 @@
 # make quick  the tests that start no Flower processes
 # make dist   build the wheel and the sdist into dist/
 # make package   make dist, and the tests that install the wheel outside this folder; part of make test
+# make docs    the documentation site in site/; a broken link or a failing cell of the tutorial is an error
 # make deployment   the tests with SuperLink and SuperNodes; 5 minutes, not part of make test
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 # Versions that have wheels for this Python; matplotlib-venn has none.
 LOWEST := --resolution lowest-direct --only-binary :all: --no-binary matplotlib-venn
 
-.PHONY: demo test quick dist package deployment clean
+.PHONY: demo test quick docs dist package deployment clean
 
 # One thread: a second gains nothing on so small a model, and costs tenfold where others use the CPU.
 demo: .venv/.demo
@@ -50,6 +51,9 @@ constraints-newest.txt:
 quick: .venv/.dev
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2
 
+docs: .venv/.dev
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "expected Python 3.11 or newer, got $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
@@ -70,4 +74,4 @@ quick: .venv/.dev
 	@touch $@
 
 clean:
-	rm -rf .venv dist results
+	rm -rf .venv dist results site

@@ -82,6 +82,26 @@ class AsyncStrategy(Strategy):
     Raises:
         ValueError: for a number out of range, for callbacks that are no instances of `Callback`, or
             a checkpoint for a strategy that has no `state_dict` and `load_state_dict`.
+
+    Examples:
+        >>> from flwr.app import ArrayRecord, RecordDict
+        >>> from flwr_cloned_kd import AsyncStrategy
+        >>> class Replace(AsyncStrategy):  # the model becomes what the latest edge returned
+        ...     def begin(self, arrays):
+        ...         self.model = arrays
+        ...
+        ...     @property
+        ...     def arrays(self):
+        ...         return self.model
+        ...
+        ...     def request(self, server_round, config):
+        ...         return RecordDict({"arrays": self.model, "config": config}), None
+        ...
+        ...     def absorb(self, dispatch, content, staleness):
+        ...         with self.publishing:
+        ...             self.model, self.version = content["arrays"], self.version + 1
+        ...         return {}
+        >>> strategy = Replace(max_in_flight=4, revisit=True)
     """
 
     version = 0

@@ -29,6 +29,11 @@ class Event(NamedTuple):
     crashed) and "expire" (no answer before the deadline); "learn" (the core takes the answer from
     the queue), then one of "absorb" and "refuse". The events of a `VirtualGrid` also include
     "depart".
+
+    Examples:
+        >>> from flwr_cloned_kd import Event
+        >>> Event(time=60.0, kind="answer", edge="3", number=1, version=0).kind
+        'answer'
     """
 
     time: float
@@ -90,9 +95,18 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
         events: `AsyncStrategy.events` of any run, or `VirtualGrid.events`, which do not include
             what the core does.
         path: where to write the picture; the suffix determines its format.
+        title: above the picture.
 
     Raises:
         ImportError: without matplotlib.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flwr_cloned_kd import Event, draw_timeline
+        >>> events = [Event(0.0, "ask", "3", 1, 0), Event(60.0, "answer", "3", 1, 0)]
+        >>> with tempfile.TemporaryDirectory() as folder:  # after a run: strategy.events
+        ...     draw_timeline(events, Path(folder, "timeline.svg"))
     """
     try:
         from matplotlib.figure import Figure

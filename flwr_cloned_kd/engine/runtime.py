@@ -61,6 +61,13 @@ class Runtime:
 
     Raises:
         ValueError: for an unknown device, a negative number of bytes or less than one worker.
+
+    Examples:
+        >>> from flwr_cloned_kd import Runtime
+        >>> quick = Runtime(bf16=None, compile=None)  # let the rules choose
+        >>> gpu = Runtime(device="cuda", cuda_graphs=True)
+        >>> Runtime(device="cpu").target
+        device(type='cpu')
     """
 
     device: str = "auto"

@@ -57,6 +57,20 @@ class ClonedKD(AsyncStrategy):
 
     Raises:
         ValueError: for a number out of range, or `keep_rounds` without a checkpoint.
+
+    Examples:
+        >>> import torch
+        >>> from flwr.app import ArrayRecord
+        >>> from flwr_cloned_kd import ClonedKD, Core, EdgeClient, Recipe, VirtualGrid, edge_app
+        >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
+        >>> model, recipe = torch.nn.Linear(1, 2), Recipe(epochs=5, batch_size=2)
+        >>> edge = edge_app(lambda context: EdgeClient(model, data, recipe))
+        >>> core = Core(model=model, dataset=data, recipe=recipe)
+        >>> strategy = ClonedKD(core, num_clones=2)
+        >>> grid = VirtualGrid([edge] * 3)  # in a server app: the grid that Flower gives to main
+        >>> result = strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=3)
+        >>> [row["accepted"] for row in strategy.history]
+        [1.0, 1.0, 1.0]
     """
 
     def __init__(

@@ -71,6 +71,18 @@ class LegacyClonedKD(Strategy):
 
     Raises:
         ValueError: for a number out of range, or params that are not the core's.
+
+    Examples:
+        >>> import torch
+        >>> from flwr.server import ServerAppComponents, ServerConfig
+        >>> from flwr.serverapp import ServerApp
+        >>> from flwr_cloned_kd import Core, LegacyClonedKD, Recipe
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> def server_fn(context):
+        ...     core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=Recipe(epochs=2))
+        ...     strategy = LegacyClonedKD(core, core.pretrain(), num_clones=3)
+        ...     return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=9))
+        >>> app = ServerApp(server_fn=server_fn)
     """
 
     def __init__(

@@ -21,6 +21,16 @@ class CoreState:
             after each accepted edge; fractions in [0, 1].
         memory_weights: the weight of the KD term of each ensemble in the memory, below 1 for an
             edge that was late; empty is 1 for all.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import CoreState
+        >>> state = CoreState({"w": torch.zeros(2)})
+        >>> state.version, len(state.memory)
+        (0, 0)
+        >>> tensors, header = state.state_dict()
+        >>> CoreState.from_state_dict(tensors, header, like=state.params).params
+        {'w': tensor([0., 0.])}
     """
 
     params: StateDict
