@@ -423,24 +423,36 @@ class AsyncStrategy(Strategy):
         if not self._must_undo:
             return
         self._must_undo = False
-        accepted = [row for row in self.history if row["accepted"]]
-        present = {row["edge"] for row in accepted if not row.get("undone")}
+        present = {row["edge"] for row in self.history if row["accepted"] and not row.get("undone")}
         if not (edges := present & self.quarantined):
             return
+        failures = dict[str, str]()
+        if cause := self._undo(edges):
+            # One edge that cannot be undone must not keep the others in the model.
+            alone = len(edges) == 1
+            causes = {edge: cause if alone else self._undo({edge}) for edge in sorted(edges)}
+            failures = {edge: why for edge, why in causes.items() if why}
+        for edge, why in failures.items():
+            if courier is None and edge in self._required:
+                raise ValueError(f"quarantine: edge {edge!r}: {why}")
+            text = "The run goes on with what it learned from quarantined edge %s: %s"
+            log(WARNING, text, edge, why)
+        if result is not None and len(failures) < len(edges):
+            self._save(result, courier)
+
+    def _undo(self, edges: Set[str]) -> str:
+        """Undo edges and mark their rounds; return why this is not possible, "" if it was."""
         try:
             numbers = self.undo(edges)
         except ValueError as error:
-            if courier is None and edges & self._required:
-                raise ValueError(f"quarantine: {error}") from None
-            log(WARNING, "The run goes on with what it learned from quarantined edges: %s", error)
-            return
+            return str(error)
         # The model counts an answer as a version, in the order of the rounds.
+        accepted = (row for row in self.history if row["accepted"])
         for version, row in enumerate(accepted, 1):
             if row["number"] in numbers:
                 row["undone"] = 1.0
                 self._undone_versions.append(version)
-        if result is not None:
-            self._save(result, courier)
+        return ""
 
     def _compose(
         self, number: int, node: int, now: float, config: ConfigRecord
