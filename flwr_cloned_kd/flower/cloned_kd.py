@@ -51,9 +51,9 @@ class ClonedKD(AsyncStrategy):
         keep_rounds: how many of the latest accepted answers are kept on disk beside the checkpoint,
             so that their edges can be undone; see docs/checkpoints.md. 0 keeps none.
         loop: options of `AsyncStrategy`: `max_in_flight` (1 is Algorithm 1), `max_staleness`,
-            `revisit`, `max_failures`, `on_round`, `checkpoint`, `quarantine`. A resumed run must
-            have the same core seed, core data, number of clones, `send`, `wire_dtype` and
-            distillation.
+            `revisit`, `max_failures`, `on_round`, `callbacks`, `checkpoint`, `quarantine`. A
+            resumed run must have the same core seed, core data, number of clones, `send`,
+            `wire_dtype` and distillation.
 
     Raises:
         ValueError: for a number out of range, or `keep_rounds` without a checkpoint.
