@@ -284,7 +284,8 @@ class AsyncStrategy(Strategy):
             first_round = len(self.history) + 1
             metrics = self._settle(first_round, answers, courier)
             result.train_metrics_clientapp.update(enumerate(metrics, first_round))
-            self._undo_quarantined(result, courier)
+            # No checkpoint before the answers are settled: a resumed run would ask for them again.
+            self._undo_quarantined(courier=courier)
             if evaluate_fn is not None:  # before the next request: both may use one model
                 _evaluate(evaluate_fn, len(self.history), self.arrays, result)
             for answer in answers:
@@ -427,7 +428,10 @@ class AsyncStrategy(Strategy):
     def _undo_quarantined(
         self, result: Result | None = None, courier: Courier | None = None
     ) -> None:
-        """Undo what the model has learned from quarantined edges, and write a checkpoint.
+        """Undo what the model has learned from quarantined edges.
+
+        Args:
+            result: to write a checkpoint with it; None writes none.
 
         Raises:
             ValueError: at the start of a run, if an edge that the caller named cannot be undone.

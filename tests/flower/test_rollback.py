@@ -308,6 +308,26 @@ def test_the_checkpoint_before_the_newest_finds_its_rounds_too(path):
     assert same_core(last, twin)
 
 
+def test_a_run_that_ends_right_after_an_undo_does_not_ask_an_edge_twice(path):
+    """What ends it comes between the undo and the checkpoint of the round."""
+    core = victim.make().core
+    strategy = ClonedKD(core, num_clones=2, checkpoint=path, keep_rounds=9)
+    strategy.on_round = lambda row: strategy.quarantine("0") if row["round"] == 2 else None
+
+    def evaluate(server_round, arrays):
+        if server_round == 2:
+            raise KeyboardInterrupt
+
+    grid = VirtualGrid(edges(), compute=1.0)
+    first = ArrayRecord(core.model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        strategy.start(grid, first, num_rounds=5, evaluate_fn=evaluate)
+    assert strategy.state.version == 1
+    resumed = play(path, keep_rounds=9, quarantine=["0"])
+    assert [row["edge"] for row in resumed.history] == ["0", "1", "2", "3", "4"]
+    assert [bool(row.get("undone")) for row in resumed.history] == [1, 0, 0, 0, 0]
+
+
 def test_names_that_no_edge_has_change_nothing(path):
     straight = play(path, keep_rounds=9)
     again = play(path, keep_rounds=9, quarantine=["nobody"])
