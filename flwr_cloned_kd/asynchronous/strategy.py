@@ -304,7 +304,8 @@ class AsyncStrategy(Strategy):
             first_round = len(self.history) + 1
             metrics = self._settle(first_round, answers, courier)
             result.train_metrics_clientapp.update(enumerate(metrics, first_round))
-            self._undo_quarantined(result, courier)
+            # No checkpoint before the answers are settled: a resumed run would ask for them again.
+            self._undo_quarantined(courier=courier)
             if evaluate_fn is not None:  # before the next request: both may use one model
                 _evaluate(evaluate_fn, len(self.history), self.arrays, result)
             for answer in answers:
@@ -447,7 +448,10 @@ class AsyncStrategy(Strategy):
     def _undo_quarantined(
         self, result: Result | None = None, courier: Courier | None = None
     ) -> None:
-        """Undo what the model has learned from quarantined edges, and write a checkpoint.
+        """Undo what the model has learned from quarantined edges.
+
+        Args:
+            result: to write a checkpoint with it; None writes none.
 
         Raises:
             ValueError: at the start of a run, if an edge that the caller named cannot be undone.
@@ -455,24 +459,36 @@ class AsyncStrategy(Strategy):
         if not self._must_undo:
             return
         self._must_undo = False
-        accepted = [row for row in self.history if row["accepted"]]
-        present = {row["edge"] for row in accepted if not row.get("undone")}
+        present = {row["edge"] for row in self.history if row["accepted"] and not row.get("undone")}
         if not (edges := present & self.quarantined):
             return
+        failures = dict[str, str]()
+        if cause := self._undo(edges):
+            # One edge that cannot be undone must not keep the others in the model.
+            alone = len(edges) == 1
+            causes = {edge: cause if alone else self._undo({edge}) for edge in sorted(edges)}
+            failures = {edge: why for edge, why in causes.items() if why}
+        for edge, why in failures.items():
+            if courier is None and edge in self._required:
+                raise ValueError(f"quarantine: edge {edge!r}: {why}")
+            text = "The run goes on with what it learned from quarantined edge %s: %s"
+            log(WARNING, text, edge, why)
+        if result is not None and len(failures) < len(edges):
+            self._save(result, courier)
+
+    def _undo(self, edges: Set[str]) -> str:
+        """Undo edges and mark their rounds; return why this is not possible, "" if it was."""
         try:
             numbers = self.undo(edges)
         except ValueError as error:
-            if courier is None and edges & self._required:
-                raise ValueError(f"quarantine: {error}") from None
-            log(WARNING, "The run goes on with what it learned from quarantined edges: %s", error)
-            return
+            return str(error)
         # The model counts an answer as a version, in the order of the rounds.
+        accepted = (row for row in self.history if row["accepted"])
         for version, row in enumerate(accepted, 1):
             if row["number"] in numbers:
                 row["undone"] = 1.0
                 self._undone_versions.append(version)
-        if result is not None:
-            self._save(result, courier)
+        return ""
 
     def _compose(
         self, number: int, node: int, now: float, config: ConfigRecord

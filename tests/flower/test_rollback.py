@@ -246,7 +246,7 @@ def test_an_edge_that_is_older_than_the_kept_rounds_is_refused(path):
     core = victim.make().core
     core = replace(core, distillation=replace(core.distillation, memory_size=1))
     play(path, keep_rounds=2, core=core)
-    expected = r"quarantine: expected edges of the rounds kept since round 4, got round 1"
+    expected = r"quarantine: edge '0': expected edges of the rounds kept since round 4, got round 1"
     with pytest.raises(ValueError, match=expected):
         play(path, keep_rounds=2, core=core, quarantine=["0"])
     assert play(path, keep_rounds=2, core=core, quarantine=["3"]).state.version == 4
@@ -272,6 +272,60 @@ def test_a_running_server_goes_on_if_an_edge_cannot_be_undone(path, flower_log):
     assert any("goes on with what it learned from quarantined" in line for line in flower_log)
     # The same after a restart, because the name is in the checkpoint and not asked for.
     assert play(path, rounds=4).version == 4
+
+
+def test_an_edge_that_cannot_be_undone_does_not_keep_another_one_in_the_core(path, flower_log):
+    """The file of edge 1 is damaged; its name is not asked for, but in the checkpoint."""
+    replies, strategies = {}, []
+    core = victim.make().core
+    core = replace(core, distillation=replace(core.distillation, memory_size=1))
+    play(path, rounds=4, nodes=edges(replies), core=core, keep_rounds=9)
+    damaged = Path(f"{path}.rounds") / "00000001.round"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    strategy = ClonedKD(
+        core,
+        num_clones=2,
+        checkpoint=path,
+        keep_rounds=9,
+        on_round=lambda row: strategies[0].quarantine("1"),
+    )
+    strategies.append(strategy)
+    grid = VirtualGrid(edges(replies), compute=1.0)
+    strategy.start(grid, ArrayRecord(core.model.state_dict()), num_rounds=5)
+    assert any("quarantined edge 1: " in line and damaged.name in line for line in flower_log)
+    last = play(path, core=core, keep_rounds=9, quarantine=["3"])
+    assert same_core(last, play(core=core, nodes=edges(replayed=replies, spoiled=["3"])))
+
+
+def test_the_checkpoint_before_the_newest_finds_its_rounds_too(path):
+    core = victim.make().core
+    core = replace(core, distillation=replace(core.distillation, memory_size=1))
+    replies = {}
+    play(path, nodes=edges(replies), core=core, keep_rounds=1)
+    path.write_bytes(path.read_bytes()[:-1])
+    last = play(path, rounds=4, core=core, keep_rounds=1, quarantine=["3"])
+    twin = play(rounds=4, core=core, nodes=edges(replayed=replies, spoiled=["3"]))
+    assert same_core(last, twin)
+
+
+def test_a_run_that_ends_right_after_an_undo_does_not_ask_an_edge_twice(path):
+    """What ends it comes between the undo and the checkpoint of the round."""
+    core = victim.make().core
+    strategy = ClonedKD(core, num_clones=2, checkpoint=path, keep_rounds=9)
+    strategy.on_round = lambda row: strategy.quarantine("0") if row["round"] == 2 else None
+
+    def evaluate(server_round, arrays):
+        if server_round == 2:
+            raise KeyboardInterrupt
+
+    grid = VirtualGrid(edges(), compute=1.0)
+    first = ArrayRecord(core.model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        strategy.start(grid, first, num_rounds=5, evaluate_fn=evaluate)
+    assert strategy.state.version == 1
+    resumed = play(path, keep_rounds=9, quarantine=["0"])
+    assert [row["edge"] for row in resumed.history] == ["0", "1", "2", "3", "4"]
+    assert [bool(row.get("undone")) for row in resumed.history] == [1, 0, 0, 0, 0]
 
 
 def test_names_that_no_edge_has_change_nothing(path):
