@@ -25,6 +25,13 @@ def accounts(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         wait for the core; "core-seconds", in which the core is busy; "core-idle-seconds";
         "edge-idle-seconds", in which an edge is present before it is asked, without those of edges
         that are never asked; "staleness", staleness -> number of rounds.
+
+    Examples:
+        >>> from flwr_cloned_kd import accounts
+        >>> rows = [{"edge": "3", "bytes-down": 10, "bytes-up": 30, "core-seconds": 2.0}]
+        >>> totals = accounts(rows)  # in a run: accounts(strategy.history)
+        >>> totals["bytes-up"], totals["core-seconds"]
+        (30, 2.0)
     """
     rows = list(rows)
     bytes_per_edge: dict[str, list[int]] = {}

@@ -18,7 +18,13 @@ negative, and 0 for a fresh answer.
 
 @dataclass(frozen=True)
 class ConstantStaleness:
-    """s(d) = 1: a late answer counts as much as a fresh one."""
+    """s(d) = 1: a late answer counts as much as a fresh one.
+
+    Examples:
+        >>> from flwr_cloned_kd import ConstantStaleness
+        >>> ConstantStaleness()(7)
+        1.0
+    """
 
     def __call__(self, staleness: int) -> float:
         return 1.0
@@ -33,6 +39,11 @@ class PolynomialStaleness:
 
     Raises:
         ValueError: if `a` is out of range.
+
+    Examples:
+        >>> from flwr_cloned_kd import PolynomialStaleness
+        >>> [PolynomialStaleness(0.5)(staleness) for staleness in (0, 3)]
+        [1.0, 0.5]
     """
 
     a: float = 0.5
@@ -54,6 +65,11 @@ class HingeStaleness:
 
     Raises:
         ValueError: if a number is out of range.
+
+    Examples:
+        >>> from flwr_cloned_kd import HingeStaleness
+        >>> [HingeStaleness(a=1.0, b=2.0)(staleness) for staleness in (0, 2, 3)]
+        [1.0, 1.0, 0.5]
     """
 
     a: float = 10.0

@@ -29,6 +29,11 @@ class Event(NamedTuple):
     crashed) and "expire" (no answer before the deadline); "learn" (the core takes the answer from
     the queue), then one of "absorb" and "refuse". The events of a `VirtualGrid` also include
     "depart".
+
+    Examples:
+        >>> from flwr_cloned_kd import Event
+        >>> Event(time=60.0, kind="answer", edge="3", number=1, version=0).kind
+        'answer'
     """
 
     time: float
@@ -90,12 +95,26 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
         events: `AsyncStrategy.events` of any run, or `VirtualGrid.events`, which do not include
             what the core does.
         path: where to write the picture; the suffix determines its format.
+        title: above the picture.
 
     Raises:
         ImportError: without matplotlib.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flwr_cloned_kd import Event, draw_timeline
+        >>> events = [Event(0.0, "ask", "3", 1, 0), Event(60.0, "answer", "3", 1, 0)]
+        >>> with tempfile.TemporaryDirectory() as folder:  # after a run: strategy.events
+        ...     draw_timeline(events, Path(folder, "timeline.svg"))
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError(
+            'draw_timeline needs matplotlib: pip install "flwr-cloned-kd[plots]"'
+        ) from error
 
     by_begin = sorted(spans(events), key=lambda span: span.begin)
     edges = [lane for lane in dict.fromkeys(span.lane for span in by_begin) if lane != CORE]

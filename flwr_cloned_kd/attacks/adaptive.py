@@ -29,6 +29,16 @@ class StayBelow:
         wrong: makes the clones at factor 1; the attack scales their movement.
         max_factor: largest multiple of this movement.
         num_halvings: number of bisections after the largest multiple was found too large.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import StayBelow, attack_model
+        >>> def loss(sent, edge):  # `loss_of_copy` returns such a function
+        ...     return (edge["w"] - sent["w"]).abs().max().item()
+        >>> sent, edge = {"w": torch.tensor([-1.0])}, {"w": torch.tensor([[0.0]])}
+        >>> models, visit = attack_model(StayBelow(0.5, loss), sent, edge)
+        >>> -1.5 < models["w"].item() < -1.3  # away from the honest clone, and less than 0.5
+        True
     """
 
     threshold: float
@@ -64,6 +74,16 @@ def loss_of_copy(core: Core) -> Loss:
     Args:
         core: the attacker's copy, with the recipes of the core and the data of the attacker. It
             needs neither a guard nor held-out data.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Recipe, clone
+        >>> from flwr_cloned_kd.attacks import loss_of_copy
+        >>> data = torch.randn(8, 2), torch.arange(8) % 2
+        >>> core = Core(model=torch.nn.Linear(2, 2), dataset=data, recipe=Recipe(epochs=2))
+        >>> sent = core.pretrain()
+        >>> -1 <= loss_of_copy(core)(sent, clone(sent, 3)) <= 1
+        True
     """
 
     def loss(sent: StateDict, edge: Ensemble) -> float:

@@ -14,6 +14,15 @@ DataAttack = Callable[[Dataset, torch.Generator], Dataset]
 
 The attack leaves its arguments unchanged. `share`, in [0, 1], is the share of the samples that an
 attack changes or copies; these samples are drawn at random.
+
+Examples:
+    >>> import torch
+    >>> from flwr_cloned_kd import Dataset
+    >>> from flwr_cloned_kd.attacks import DataAttack
+    >>> def flip_classes(dataset: Dataset, generator: torch.Generator) -> Dataset:
+    ...     inputs, labels = dataset
+    ...     return inputs, 1 - labels
+    >>> attack: DataAttack = flip_classes
 """
 
 
@@ -23,6 +32,14 @@ class ShuffleLabels:
 
     Args:
         share: of the samples, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import ShuffleLabels
+        >>> data = torch.eye(4), torch.arange(4)
+        >>> inputs, labels = ShuffleLabels()(data, torch.Generator().manual_seed(0))
+        >>> labels.sort().values
+        tensor([0, 1, 2, 3])
     """
 
     share: float = 1.0
@@ -41,6 +58,12 @@ class ShiftLabels:
     Args:
         num_classes: number of classes of the task.
         share: of the samples, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import ShiftLabels
+        >>> ShiftLabels(num_classes=4)((torch.eye(4), torch.arange(4)), torch.Generator())[1]
+        tensor([1, 2, 3, 0])
     """
 
     num_classes: int
@@ -59,6 +82,12 @@ class OneLabel:
     Args:
         label: the class.
         share: of the samples, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import OneLabel
+        >>> OneLabel(label=2)((torch.eye(4), torch.arange(4)), torch.Generator())[1]
+        tensor([2, 2, 2, 2])
     """
 
     label: int = 0
@@ -82,6 +111,14 @@ class Backdoor:
         label: the class of the attacker.
         share: of the samples that are copied, in [0, 1].
         size: side of the square in pixels, at least 1.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import Backdoor
+        >>> images, labels = torch.zeros(4, 1, 8, 8), torch.arange(4)
+        >>> attacked, new_labels = Backdoor(label=0)((images, labels), torch.Generator())
+        >>> attacked.shape, new_labels  # four copies with the trigger
+        (torch.Size([8, 1, 8, 8]), tensor([0, 1, 2, 3, 0, 0, 0, 0]))
     """
 
     label: int = 0

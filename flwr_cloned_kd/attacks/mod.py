@@ -28,6 +28,15 @@ def attack(change: ModelAttack, *, seed: int = 0) -> Mod:
     Args:
         change: the attack.
         seed: of the random draws. Edges with the same seed draw the same numbers.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import EdgeClient, Recipe, edge_app
+        >>> from flwr_cloned_kd.attacks import ScaleMovement, attack
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> def client_fn(context):
+        ...     return EdgeClient(torch.nn.Linear(1, 2), data, Recipe(epochs=2))
+        >>> bad_app = edge_app(client_fn, mods=[attack(ScaleMovement(3.0))])
     """
 
     def run_and_attack(message: Message, context: Context, call_next: CallNext) -> Message:

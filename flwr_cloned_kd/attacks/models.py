@@ -14,10 +14,16 @@ from ..engine.recipe import fold_in
 class Visit(NamedTuple):
     """What a bad edge remembers of its visits.
 
-    Args:
+    Attributes:
         number: of this visit; the first is 0.
         sent: the model that the edge was sent at its first visit.
         edge: `[E, ...]`, the clones that the edge had trained at its first visit.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import Visit
+        >>> Visit(number=0, sent={"w": torch.zeros(2)}, edge={"w": torch.ones(3, 2)}).number
+        0
     """
 
     number: int
@@ -30,6 +36,13 @@ ModelAttack = Callable[[StateDict, Ensemble, torch.Generator, Visit], Ensemble]
 
 The attack returns the ensemble that the edge sends and leaves its arguments unchanged. An ensemble
 of another shape or with a value that is not finite is no attack: the core refuses it by its form.
+
+Examples:
+    >>> from flwr_cloned_kd import member, clone
+    >>> from flwr_cloned_kd.attacks import ModelAttack
+    >>> def copy_the_first_clone(sent, edge, generator, visit):
+    ...     return clone(member(edge, 0), 3)
+    >>> attack: ModelAttack = copy_the_first_clone
 """
 
 
@@ -52,6 +65,17 @@ def attack_model(
 
     Returns:
         The ensemble that the edge sends, and the visit, which the next call needs.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import ScaleMovement, attack_model
+        >>> sent, edge = {"w": torch.ones(1)}, {"w": torch.tensor([[1.5]])}
+        >>> models, visit = attack_model(ScaleMovement(-1.0), sent, edge)
+        >>> models
+        {'w': tensor([[0.5000]])}
+        >>> models, visit = attack_model(ScaleMovement(-1.0), sent, edge, last=visit)
+        >>> visit.number
+        1
     """
     visit = Visit(0, sent, edge) if last is None else last._replace(number=last.number + 1)
     generator = torch.Generator().manual_seed(fold_in(seed, "attack", visit.number))
@@ -64,6 +88,13 @@ class ScaleMovement:
 
     Args:
         factor: -1 reverses the movement; 10 is ten times the movement; 1 changes nothing.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import ScaleMovement, attack_model
+        >>> sent, edge = {"w": torch.ones(1)}, {"w": torch.tensor([[1.5]])}
+        >>> attack_model(ScaleMovement(10.0), sent, edge)[0]
+        {'w': tensor([[6.]])}
     """
 
     factor: float
@@ -80,6 +111,14 @@ class AddNoise:
 
     Args:
         share: the norm of the noise as a multiple of the norm of the clone's movement, at least 0.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import AddNoise, attack_model
+        >>> sent, edge = {"w": torch.tensor([-1.0, 1.0])}, {"w": torch.tensor([[2.0, 5.0]])}
+        >>> noisy = attack_model(AddNoise(share=2.0), sent, edge)[0]["w"]
+        >>> round((noisy - edge["w"]).norm().item(), 3)  # twice the movement, which has the norm 5
+        10.0
     """
 
     share: float
@@ -111,6 +150,15 @@ class SameDirection:
     Args:
         factor: the length of the step as a multiple of the norm of the clones' mean movement.
         seed: determines the direction.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import SameDirection, attack_model
+        >>> sent = {"w": torch.tensor([-1.0, 1.0])}
+        >>> edges = [{"w": torch.tensor([[2.0, 5.0]])}, {"w": torch.tensor([[-6.0, 1.0]])}]
+        >>> one, other = (attack_model(SameDirection(2.0), sent, edge)[0]["w"] for edge in edges)
+        >>> torch.allclose(one, other)
+        True
     """
 
     factor: float
@@ -138,6 +186,12 @@ class FreeRider:
     Args:
         noise: standard deviation of Gaussian noise that hides this, as a multiple of the standard
             deviation of the values of each tensor. 0 adds no noise, so all clones are equal.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import FreeRider, attack_model
+        >>> attack_model(FreeRider(), {"w": torch.ones(1)}, {"w": torch.tensor([[1.5]])})[0]
+        {'w': tensor([[1.]])}
     """
 
     noise: float = 0.0
@@ -165,6 +219,13 @@ def random_weights(
 
     Each tensor so keeps the scale of its values, and variances stay positive. Each clone has an
     order of its own.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import attack_model, random_weights
+        >>> sent, edge = {"w": torch.arange(4.0)}, {"w": torch.zeros(1, 4)}
+        >>> attack_model(random_weights, sent, edge)[0]["w"].sort().values
+        tensor([[0., 1., 2., 3.]])
     """
 
     def in_random_order(tensor: Tensor) -> Tensor:
@@ -192,6 +253,13 @@ class SlowPoison:
 
     Raises:
         ValueError: if the step is out of range.
+
+    Examples:
+        >>> from flwr_cloned_kd.attacks import SlowPoison
+        >>> attack = SlowPoison(step=0.1)
+        >>> SlowPoison(step=0.0)
+        Traceback (most recent call last):
+        ValueError: step: expected above 0, at most 1, got 0.0
     """
 
     step: float
@@ -213,14 +281,34 @@ class SlowPoison:
 def first_answer_again(
     sent: StateDict, edge: Ensemble, generator: torch.Generator, visit: Visit
 ) -> Ensemble:
-    """Send the clones of the first visit at every visit (stale replay)."""
+    """Send the clones of the first visit at every visit (stale replay).
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import attack_model, first_answer_again
+        >>> sent = {"w": torch.zeros(1)}
+        >>> first, second = {"w": torch.ones(1, 1)}, {"w": torch.zeros(1, 1)}
+        >>> models, visit = attack_model(first_answer_again, sent, first)
+        >>> attack_model(first_answer_again, sent, second, last=visit)[0]
+        {'w': tensor([[1.]])}
+    """
     return visit.edge
 
 
 def first_model_again(
     sent: StateDict, edge: Ensemble, generator: torch.Generator, visit: Visit
 ) -> Ensemble:
-    """Send the model that was sent at the first visit at every visit (stale replay)."""
+    """Send the model that was sent at the first visit at every visit (stale replay).
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd.attacks import attack_model, first_model_again
+        >>> edge = {"w": torch.ones(2, 1)}
+        >>> models, visit = attack_model(first_model_again, {"w": torch.zeros(1)}, edge)
+        >>> attack_model(first_model_again, {"w": torch.ones(1)}, edge, last=visit)[0]
+        {'w': tensor([[0.],
+                [0.]])}
+    """
     return clone(visit.sent, size(edge))
 
 

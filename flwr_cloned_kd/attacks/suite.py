@@ -22,9 +22,13 @@ from .models import (
 class Attack(NamedTuple):
     """What a bad edge does to its data before it trains, and to its clones after.
 
-    Args:
+    Attributes:
         data: changes the data; None trains on honest data.
         model: changes the clones; None sends them as they were trained.
+
+    Examples:
+        >>> from flwr_cloned_kd.attacks import Attack, ScaleMovement, ShuffleLabels
+        >>> bad = Attack(data=ShuffleLabels(), model=ScaleMovement(3.0))
     """
 
     data: DataAttack | None = None
@@ -58,4 +62,13 @@ The strength is the share of the samples for an attack on data, and the multiple
 movement for "movement reversed", "movement scaled", "noise" and "two collude". It is the noise of
 a "free rider", the step of "slow poison" and the threshold of the guard for "adaptive". The other
 attacks have no strength.
+
+Examples:
+    >>> import torch
+    >>> from flwr_cloned_kd import Core, Recipe
+    >>> from flwr_cloned_kd.attacks import ATTACKS
+    >>> data = torch.randn(8, 2), torch.arange(8) % 2
+    >>> core = Core(model=torch.nn.Linear(2, 2), dataset=data, recipe=Recipe(epochs=2))
+    >>> ATTACKS["movement scaled"](10.0, core, 2)
+    Attack(data=None, model=ScaleMovement(factor=10.0))
 """

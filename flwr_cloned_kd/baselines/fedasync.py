@@ -28,6 +28,11 @@ class FedAsync(Averaging):
 
     Raises:
         ValueError: for a number out of range.
+
+    Examples:
+        >>> from flwr_cloned_kd import FedAsync, PolynomialStaleness
+        >>> strategy = FedAsync(staleness_weight=PolynomialStaleness(0.5), max_in_flight=4)
+        >>> # in a server app: strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=50)
     """
 
     def __init__(

@@ -48,6 +48,11 @@ class FedBuff(Averaging):
 
     Raises:
         ValueError: for a number out of range.
+
+    Examples:
+        >>> from flwr_cloned_kd import FedBuff
+        >>> strategy = FedBuff(buffer_size=5, max_in_flight=10)
+        >>> # in a server app: strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=50)
     """
 
     def __init__(

@@ -22,12 +22,26 @@ def load_digits(test_size: int = 360) -> tuple[Dataset, Dataset]:
     """Load the 1,797 handwritten digits of scikit-learn, 8x8 grey: (train, test), standardised.
 
     The split is fixed and stratified. The data is part of scikit-learn; nothing is downloaded.
+
+    Args:
+        test_size: number of test images, below 1,797.
+
+    Raises:
+        ImportError: without scikit-learn.
+
+    Examples:
+        >>> from flwr_cloned_kd import load_digits
+        >>> train, test = load_digits()
+        >>> train[0].shape, test[1].shape
+        (torch.Size([1437, 1, 8, 8]), torch.Size([360]))
     """
     try:
         from sklearn.datasets import load_digits as load
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("load_digits needs scikit-learn: pip install scikit-learn") from error
+        raise ImportError(
+            'load_digits needs scikit-learn: pip install "flwr-cloned-kd[digits]"'
+        ) from error
     images, labels = load(return_X_y=True)
     train, test, train_labels, test_labels = train_test_split(
         images, labels, test_size=test_size, stratify=labels, random_state=0
@@ -42,6 +56,14 @@ def load_cifar100(root: str | Path, *, download: bool = True) -> tuple[Dataset, 
 
     Args:
         root: folder that holds torchvision's `cifar-100-python`, or to which it is downloaded.
+        download: whether to download the data if the folder does not hold them.
+
+    Raises:
+        RuntimeError: if the folder does not hold the data and `download` is False.
+
+    Examples:
+        >>> from flwr_cloned_kd import load_cifar100
+        >>> train, test = load_cifar100("data")  # doctest: +SKIP
     """
     from torchvision.datasets import CIFAR100
 
@@ -58,6 +80,19 @@ def load_npz(path: str | Path) -> tuple[Dataset, Dataset]:
     Raises:
         ValueError: for a damaged file, a file that is not an archive, or an array that is missing
             or has a wrong shape or type; the message names the file and the array.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from flwr_cloned_kd import load_npz
+        >>> images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(6)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "images.npz")
+        ...     np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+        ...     train, test = load_npz(path)
+        >>> train[0].shape, train[0].dtype
+        (torch.Size([6, 1, 8, 8]), torch.uint8)
     """
     with Path(path).open("rb") as file:
         try:
@@ -109,6 +144,10 @@ def load_huggingface(
     Raises:
         ImportError: without flwr-datasets.
         ValueError: if the dataset has no such column.
+
+    Examples:
+        >>> from flwr_cloned_kd import load_huggingface
+        >>> train, test = load_huggingface("uoft-cs/cifar100")  # doctest: +SKIP
     """
     try:
         from flwr_datasets import FederatedDataset
@@ -173,11 +212,22 @@ def partition(num_samples: int, num_parts: int, *, seed: int = 0) -> list[Tensor
     Each of 10 parts of the 50,000 CIFAR-100 images has 50 images per class on average, with a
     standard deviation of 6.7.
 
+    Args:
+        num_samples: number of rows.
+        num_parts: number of parts, at least 1.
+        seed: determines the split.
+
     Returns:
         `num_parts` int64 tensors of row numbers, sizes differing by at most one.
 
     Raises:
         ValueError: if there are more parts than samples, or fewer than 1.
+
+    Examples:
+        >>> from flwr_cloned_kd import partition
+        >>> core_rows, *edge_rows = partition(1437, num_parts=10)
+        >>> len(core_rows), len(edge_rows)
+        (144, 9)
     """
     if not 1 <= num_parts <= num_samples:
         raise ValueError(f"num_parts: expected 1 to {num_samples}, got {num_parts}")
@@ -194,6 +244,13 @@ def partition_with(partitioner: Any, labels: Tensor) -> list[Tensor]:
 
     Returns:
         One int64 tensor of row numbers per partition.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_datasets.partitioner import IidPartitioner
+        >>> from flwr_cloned_kd import partition_with
+        >>> [len(rows) for rows in partition_with(IidPartitioner(3), torch.zeros(9))]
+        [3, 3, 3]
     """
     from datasets import Dataset as Table
 
@@ -207,7 +264,19 @@ def partition_with(partitioner: Any, labels: Tensor) -> list[Tensor]:
 
 
 def take(dataset: Dataset, rows: Tensor | Sequence[int]) -> Dataset:
-    """Return a copy of some rows of a dataset, given their numbers."""
+    """Return a copy of some rows of a dataset, given their numbers.
+
+    Args:
+        dataset: inputs and labels.
+        rows: row numbers from 0, in the order of the result.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import take
+        >>> inputs, labels = take((torch.eye(3), torch.tensor([5, 6, 7])), [2, 0])
+        >>> labels
+        tensor([7, 5])
+    """
     index = torch.as_tensor(rows)
     if not len(index):
         index = index.long()  # an empty list becomes float32, which cannot index

@@ -93,6 +93,9 @@ def resnet(
 
     Args:
         depth: 6n + 2 for n blocks per stage: 8, 14, 20, 32, 44, 56, 110, ...
+        num_classes: number of outputs.
+        channels: of the images: 1 for grey, 3 for colours.
+        width: channels of the first stage.
         seed: determines the initial weights; the global generator is not touched.
         pixels: mean and standard deviation `[channels]` of raw pixels, as `moments` returns them;
             the model then standardises its inputs. None: floats stay as they are, and integers
@@ -100,6 +103,16 @@ def resnet(
 
     Raises:
         ValueError: for another depth.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import resnet
+        >>> model = resnet(20, num_classes=5, channels=1)
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 5])
+        >>> resnet(21, num_classes=5)
+        Traceback (most recent call last):
+        ValueError: depth: expected 6n + 2 (8, 14, 20, 32, ...), got 21
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, 32, ...), got {depth}")
@@ -107,10 +120,28 @@ def resnet(
 
 
 def resnet32(num_classes: int = 100, *, seed: int = 0, pixels: Moments | None = None) -> nn.Module:
-    """Build the paper's model: ResNet-32, about 0.47 million parameters; see `resnet`."""
+    """Build the paper's model: ResNet-32, about 0.47 million parameters.
+
+    Args:
+        num_classes: number of outputs.
+        seed: determines the initial weights.
+        pixels: mean and standard deviation of raw pixels, see `resnet`.
+
+    Examples:
+        >>> from flwr_cloned_kd import resnet32
+        >>> sum(parameter.numel() for parameter in resnet32().parameters())
+        470004
+    """
     return resnet(32, num_classes, seed=seed, pixels=pixels)
 
 
 def digits_cnn(num_classes: int = 10, *, seed: int = 0) -> nn.Module:
-    """Build a ResNet-8 of width 8 for 8x8 grey images: about 20,000 parameters."""
+    """Build a ResNet-8 of width 8 for 8x8 grey images: about 20,000 parameters.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import digits_cnn
+        >>> digits_cnn()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
     return resnet(8, num_classes, channels=1, width=8, seed=seed)

@@ -12,7 +12,23 @@ from torch import Tensor, nn
 from .counts import check_count
 
 StateDict = dict[str, Tensor]
+"""Name -> tensor `[*shape]`: one model, as PyTorch's `state_dict()` returns it.
+
+Examples:
+    >>> import torch
+    >>> from flwr_cloned_kd import StateDict
+    >>> params: StateDict = {"w": torch.zeros(2, 3)}
+"""
 Ensemble = dict[str, Tensor]
+"""Name -> tensor `[E, *shape]`: E clones of one model, with the clone axis first.
+
+Examples:
+    >>> import torch
+    >>> from flwr_cloned_kd import Ensemble, member
+    >>> ensemble: Ensemble = {"w": torch.zeros(4, 2, 3)}
+    >>> member(ensemble, 0)["w"].shape
+    torch.Size([2, 3])
+"""
 
 MAX_NAMES = 3
 """Number of array names in an error message."""
@@ -22,15 +38,32 @@ MAX_NAME_CHARACTERS = 80
 def clone(params: Mapping[str, Tensor], num_clones: int) -> Ensemble:
     """Copy one model `num_clones` times: every `[*shape]` becomes `[num_clones, *shape]`.
 
+    Args:
+        params: the model.
+        num_clones: E, at least 1.
+
     Raises:
         ValueError: if `num_clones` is below 1.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import clone
+        >>> clone({"w": torch.tensor([1.0, 2.0])}, 3)["w"].shape
+        torch.Size([3, 2])
     """
     check_count("num_clones", num_clones)
     return {name: torch.stack([tensor.detach()] * num_clones) for name, tensor in params.items()}
 
 
 def member(ensemble: Mapping[str, Tensor], index: int) -> StateDict:
-    """Return clone `index` of an ensemble as an ordinary state dict (views, not copies)."""
+    """Return clone `index` of an ensemble as an ordinary state dict (views, not copies).
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import member
+        >>> member({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, 1)
+        {'w': tensor([3., 4.])}
+    """
     return {name: tensor[index] for name, tensor in ensemble.items()}
 
 
@@ -84,6 +117,19 @@ def as_ensemble(arrays: Mapping[str, Any], like: Mapping[str, Tensor]) -> Ensemb
     Raises:
         ValueError: for a missing or unknown name, a wrong type, dtype, shape or clone count, or
             a value that is not finite: "conv1.weight: expected ..., got ...".
+
+    Examples:
+        >>> import numpy as np
+        >>> import torch
+        >>> from flwr_cloned_kd import as_ensemble
+        >>> core = {"w": torch.zeros(2)}
+        >>> as_ensemble({"w": np.ones((3, 2), np.float32)}, core)["w"].shape
+        torch.Size([3, 2])
+        >>> as_ensemble({"w": np.ones(2, np.float32)}, core)["w"].shape  # a plain model
+        torch.Size([1, 2])
+        >>> as_ensemble({"w": np.ones((3, 5), np.float32)}, core)
+        Traceback (most recent call last):
+        ValueError: w: expected shape (3, 2), got (3, 5)
     """
     if not like:
         raise ValueError("core: expected a model with at least one tensor, got none")
@@ -162,6 +208,15 @@ def trained_state(model: nn.Module) -> StateDict:
     This part travels, is remembered and is written to checkpoints; for a model without a frozen
     parameter it is the whole state dict. Load it into a model that has the same frozen part with
     `load_state_dict(..., strict=False)`.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import trained_state
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        >>> model[0].requires_grad_(False)
+        Linear(in_features=8, out_features=4, bias=True)
+        >>> list(trained_state(model))
+        ['1.weight', '1.bias']
     """
     frozen_tensors = {id(p) for p in model.parameters() if not p.requires_grad}
     for module in frozen_modules(model):
@@ -185,6 +240,14 @@ def initialise(model: nn.Module, seed: int) -> StateDict:
     Every submodule with a `reset_parameters` method, PyTorch's convention, is reset. So is every
     attention module, whose method is called `_reset_parameters`. An `nn.Parameter` of any other
     module keeps its value.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import initialise
+        >>> model = torch.nn.Linear(2, 1)
+        >>> first, again, other = (initialise(model, seed)["weight"] for seed in (0, 0, 1))
+        >>> torch.equal(first, again), torch.equal(first, other)
+        (True, False)
     """
     fresh = copy.deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]):

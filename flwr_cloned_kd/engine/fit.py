@@ -49,11 +49,14 @@ def fit(
         ensemble: the starts `[E, ...]`; E = 1 trains a single model.
         dataset: inputs `[N, ...]` and labels `[N, ...]`, or data in any form that `as_dataset`
             converts.
+        recipe: how to train.
         task: what the outputs mean; `Recipe.stop` gets its accuracy.
         loss: (outputs, batch) -> scalar; None is the loss of the task.
         targets: batch -> targets of the teachers, which become `batch.targets` for the loss.
+        seed: of the shuffles, augmentations and label noise.
         view_seed: draw the views of a finite augmentation from this seed and the number of the
             epoch, the same views for every clone; see `epoch_views`. None draws them from `seed`.
+        runtime: speed only.
         phase: name of the phase in the progress lines.
 
     Returns:
@@ -63,6 +66,15 @@ def fit(
         ValueError: if the dataset is empty, its tensors differ in length or hold a value that is
             not finite, if no parameter of the model requires a gradient, or if the factory of the
             recipe does not return an optimizer.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Recipe, clone, fit
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> model = torch.nn.Linear(1, 2)
+        >>> start = clone(model.state_dict(), 3)
+        >>> fit(model, start, data, Recipe(epochs=5, batch_size=2))["weight"].shape
+        torch.Size([3, 2, 1])
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: expected a parameter that requires a gradient, got none")
@@ -186,10 +198,21 @@ def predict(
     """Compute the outputs `[E, N, ...]` of every clone for inputs `[N, ...]`, on the CPU.
 
     Args:
+        model: the architecture; its own weights are not used.
+        ensemble: the clones `[E, ...]`.
         inputs: a tensor or array `[N, ...]`, or a nested dict or tuple of such.
+        runtime: speed only.
+        batch_size: samples at once, at least 1; None: as many as the device takes well.
 
     Raises:
         ValueError: if the outputs do not fit into the free memory.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import clone, predict
+        >>> model = torch.nn.Linear(4, 10)
+        >>> predict(model, clone(model.state_dict(), 3), torch.zeros(7, 4)).shape  # [E, N, classes]
+        torch.Size([3, 7, 10])
     """
     inputs = as_inputs(inputs, model)
     batch_size = batch_size or samples_at_once(runtime.target, inputs)
@@ -207,7 +230,20 @@ def predict(
 
 
 def accuracy(outputs: Tensor, labels: Tensor, task: Task = classification) -> Tensor:
-    """Return the fraction of correct predictions, `[...]` for outputs `[..., N, *]`."""
+    """Return the fraction of correct predictions, `[...]` for outputs `[..., N, *]`.
+
+    Args:
+        outputs: of one model `[N, *]`, or of an ensemble `[E, N, *]`.
+        labels: `[N, *]`.
+        task: says which predictions are correct, and which elements count.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import accuracy
+        >>> logits = torch.tensor([[[2.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])
+        >>> accuracy(logits, torch.tensor([0, 1]))  # of two clones
+        tensor([1.0000, 0.5000])
+    """
     return counting(task.correct(outputs, labels), labels, task).float().mean(-1)
 
 

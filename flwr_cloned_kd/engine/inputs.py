@@ -14,6 +14,13 @@ Dataset = tuple[Inputs, Tensor]
 
 uint8 images take a quarter of the memory of float32 images and are passed to the model as they are;
 the model standardises them with their `moments`.
+
+Examples:
+    >>> import torch
+    >>> from flwr_cloned_kd import Dataset
+    >>> images: Dataset = torch.zeros(60, 3, 32, 32), torch.zeros(60, dtype=torch.int64)
+    >>> ids = torch.zeros(60, 12, dtype=torch.int64)
+    >>> texts: Dataset = {"input_ids": ids, "attention_mask": ids + 1}, ids[:, 0]
 """
 
 
@@ -40,6 +47,16 @@ class CropAndFlip:
     Args:
         pad: pixels of padding on every side, and so the largest shift.
         flip: False for images whose class changes in a mirror, such as digits.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import CropAndFlip, Recipe
+        >>> shift = CropAndFlip(pad=1, flip=False)
+        >>> shift.num_views
+        9
+        >>> shift(torch.zeros(2, 1, 8, 8), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 1, 8, 8])
+        >>> recipe = Recipe(augment=shift)
     """
 
     pad: int = 4
@@ -80,16 +97,34 @@ class CropAndFlip:
 
 
 crop_and_flip = CropAndFlip()
+"""The usual augmentation of CIFAR images: padding of 4 pixels, 162 views (He et al. 2016).
+
+Examples:
+    >>> from flwr_cloned_kd import Recipe, crop_and_flip
+    >>> recipe = Recipe(augment=crop_and_flip)
+    >>> crop_and_flip.num_views
+    162
+"""
 
 
 def shuffle_labels(labels: Tensor, generator: torch.Generator, *, p: float = 1.0) -> Tensor:
     """Make an edge noisy: with probability `p` permute the labels `[B]` of a batch (Sec. 5.3).
 
     Args:
+        labels: of one batch.
+        generator: source of the random draws.
         p: fraction of batches whose labels are permuted, in [0, 1].
 
     Raises:
         ValueError: if `p` is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from functools import partial
+        >>> from flwr_cloned_kd import Recipe, shuffle_labels
+        >>> shuffle_labels(torch.arange(4), torch.Generator().manual_seed(0)).sort().values
+        tensor([0, 1, 2, 3])
+        >>> noisy = Recipe(label_noise=partial(shuffle_labels, p=0.5))
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p: expected a fraction, 0 to 1, got {p}")

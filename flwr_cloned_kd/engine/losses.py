@@ -34,7 +34,16 @@ Targets = Callable[[Batch], Tensor]
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """L_core and L_edge of Eq. (1): Phases 0 and 1, and every baseline's local training."""
+    """L_core and L_edge of Eq. (1): Phases 0 and 1, and every baseline's local training.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Recipe, clone, cross_entropy, fit
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> model = torch.nn.Linear(1, 2)
+        >>> start = clone(model.state_dict(), 1)
+        >>> trained = fit(model, start, data, Recipe(epochs=1), loss=cross_entropy)
+    """
     return F.cross_entropy(logits, batch.labels)
 
 
@@ -76,6 +85,24 @@ def distillation(
             teachers (Hinton et al. 2015), 1.0 is Eq. (1) as printed.
         task: what the outputs mean; its loss stands for the cross entropy, and its divergence for
             the KL divergence.
+
+    Raises:
+        ValueError: when the loss is called, for a batch without targets.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Recipe, clone, distillation, fit
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> teacher = torch.tensor([[0.8, 0.2], [0.3, 0.7]])  # of each row of the data
+        >>> student = torch.nn.Linear(1, 2)
+        >>> distilled = fit(
+        ...     student,
+        ...     clone(student.state_dict(), 1),
+        ...     data,
+        ...     Recipe(epochs=1),
+        ...     loss=distillation(temperature=2.0),
+        ...     targets=lambda batch: teacher[batch.rows],
+        ... )
     """
     divisor = temperature if student_temperature is None else student_temperature
 

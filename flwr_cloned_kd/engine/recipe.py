@@ -14,7 +14,19 @@ from .counts import check_count
 
 
 def fold_in(seed: int, *path: int | str) -> int:
-    """Derive the seed of one purpose from the seed of a run: 63 bits, by SHA-256 of the path."""
+    """Derive the seed of one purpose from the seed of a run: 63 bits, by SHA-256 of the path.
+
+    Args:
+        seed: of the run.
+        path: what the seed is for, such as "phase-1" and the number of the round.
+
+    Examples:
+        >>> from flwr_cloned_kd import fold_in
+        >>> fold_in(0, "phase-1", 3) == fold_in(0, "phase-1", 3)
+        True
+        >>> fold_in(0, "phase-1", 3) == fold_in(0, "phase-1", 4)
+        False
+    """
     # The `repr` of a NumPy integer or string differs from that of the same Python value.
     plain = (str(part) if isinstance(part, str) else index(part) for part in path)
     digest = hashlib.sha256(repr((int(seed), *plain)).encode()).digest()
@@ -27,6 +39,11 @@ def step_decay(progress: float) -> float:
     Args:
         progress: share of the steps already taken, in [0, 1). The factor becomes 0.1 at 1/2 and
             0.01 at 3/4.
+
+    Examples:
+        >>> from flwr_cloned_kd import step_decay
+        >>> [step_decay(progress) for progress in (0.0, 0.5, 0.9)]
+        [1.0, 0.1, 0.01]
     """
     return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
 
@@ -44,6 +61,10 @@ class AccuracyReached:
 
     Args:
         threshold: a fraction, in [0, 1].
+
+    Examples:
+        >>> from flwr_cloned_kd import AccuracyReached, Recipe
+        >>> recipe = Recipe(epochs=164, stop=AccuracyReached(0.99))
     """
 
     threshold: float
@@ -62,6 +83,10 @@ class Plateau:
 
     Raises:
         ValueError: if `patience` is below 1.
+
+    Examples:
+        >>> from flwr_cloned_kd import Plateau, Recipe
+        >>> recipe = Recipe(epochs=164, stop=Plateau(patience=5))
     """
 
     patience: int = 10
@@ -90,6 +115,8 @@ class Recipe:
         batch_size: the last batch of an epoch may be smaller. A single left-over sample is
             skipped, because batch normalisation cannot train on one sample.
         lr: learning rate, at least 0.
+        momentum: of the default optimizer, SGD, at least 0.
+        weight_decay: of the default optimizer, SGD, at least 0.
         optimizer: (parameters, lr=...) -> optimizer, such as `torch.optim.AdamW` or
             `partial(torch.optim.AdamW, weight_decay=0.01)`. It gets the `lr` of the recipe. None is
             SGD with `momentum` and `weight_decay`, which no other optimizer reads.
@@ -105,6 +132,19 @@ class Recipe:
     Raises:
         ValueError: for a number out of range, for both epochs and steps, or if something else than
             a function stands in the place of one.
+
+    Examples:
+        >>> from functools import partial
+        >>> import torch
+        >>> from flwr_cloned_kd import Recipe
+        >>> sgd = Recipe(epochs=40, batch_size=32)
+        >>> sgd.num_steps(100)  # 40 epochs of 32, 32, 32 and 4 samples
+        160
+        >>> adamw = partial(torch.optim.AdamW, weight_decay=0.01)
+        >>> recipe = Recipe(steps=2_000, lr=1e-3, optimizer=adamw)
+        >>> Recipe(lr=-1.0)
+        Traceback (most recent call last):
+        ValueError: lr: expected at least 0, got -1.0
     """
 
     epochs: int = 164

@@ -71,6 +71,16 @@ def as_dataset(
 
     Raises:
         ValueError: naming what was expected and what was found.
+
+    Examples:
+        >>> import numpy as np
+        >>> from flwr_cloned_kd import as_dataset
+        >>> inputs, labels = as_dataset({"image": np.zeros((5, 1, 8, 8)), "label": np.arange(5)})
+        >>> inputs.shape, inputs.dtype, labels.dtype
+        (torch.Size([5, 1, 8, 8]), torch.float32, torch.int64)
+        >>> as_dataset((np.zeros(3), np.zeros(4)))
+        Traceback (most recent call last):
+        ValueError: dataset: expected inputs and labels of one length above 0, got 3 and 4
     """
     try:
         for argument, value in (("model", model), ("task", task)):

@@ -27,6 +27,10 @@ class Task(Protocol):
 
     Outputs are `[..., B, *]`, labels `[B, *]`. An element is one entry of the labels: a sample, a
     pixel, a token or one of several labels.
+
+    Examples:
+        >>> from flwr_cloned_kd import Classification, Task
+        >>> task: Task = Classification()  # docs/your_model.md writes a task of its own
     """
 
     @property
@@ -106,6 +110,16 @@ class Classification:
 
     Raises:
         ValueError: if `class_axis` is not negative.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Classification
+        >>> tokens = Classification(ignore_index=-100)
+        >>> logits, labels = torch.zeros(2, 5, 30), torch.full((2, 5), -100)
+        >>> labels[:, 0] = 7
+        >>> tokens.check(logits, labels)
+        >>> round(tokens.loss(logits, labels).item(), 2)  # the logarithm of 30 classes
+        3.4
     """
 
     class_axis: int = -1
@@ -178,6 +192,13 @@ class SeveralLabels:
 
     Args:
         ignore_index: label of elements that do not count, such as -1 for unknown.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import SeveralLabels
+        >>> task = SeveralLabels()
+        >>> task.correct(torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]]))
+        tensor([[ True,  True, False]])
     """
 
     ignore_index: int | None = None
@@ -232,6 +253,13 @@ class Regression:
 
     Raises:
         ValueError: if `tolerance` is negative.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Regression
+        >>> task = Regression(tolerance=0.5)
+        >>> task.correct(torch.tensor([1.0, 2.0]), torch.tensor([1.4, 3.0]))
+        tensor([ True, False])
     """
 
     tolerance: float

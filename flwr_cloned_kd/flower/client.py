@@ -60,6 +60,15 @@ class EdgeClient(NumPyClient):
 
     Raises:
         ValueError: if the data does not fit the model or the task.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import EdgeClient, Recipe
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> client = EdgeClient(torch.nn.Linear(1, 2), data, Recipe(epochs=2))
+        >>> arrays, num_samples, metrics = client.fit(client.get_parameters({}), {"num-clones": 3})
+        >>> arrays[0].shape, num_samples  # the weights of three clones
+        ((3, 2, 1), 2)
     """
 
     def __init__(
@@ -173,6 +182,14 @@ def edge_app(
         mods: client mods around every request but "query", each prepared by `guarded`. Flower's
             own mods handle one model and reply to a request for clones with an error that says
             so. `ClipClones` and `LocalDpClones` handle ensembles.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import ClipClones, EdgeClient, Recipe, edge_app
+        >>> def client_fn(context):
+        ...     data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        ...     return EdgeClient(torch.nn.Linear(1, 2), data, Recipe(epochs=2))
+        >>> app = edge_app(client_fn, mods=[ClipClones(5.0)])
     """
     guarded_mods = [in_wire_dtype, *guarded(mods)]
     app = _EdgeApp()
@@ -211,6 +228,11 @@ def in_wire_dtype(message: Message, context: Context, call_next: CallNext) -> Me
 
     Raises:
         ValueError: if the form is unknown.
+
+    Examples:
+        >>> from flwr.clientapp import ClientApp
+        >>> from flwr_cloned_kd import in_wire_dtype, train_clones
+        >>> app = ClientApp(mods=[in_wire_dtype, train_clones()])
     """
     configs = message.content.config_records.values()
     wire_dtype = next((config[KEY] for config in configs if KEY in config), None)

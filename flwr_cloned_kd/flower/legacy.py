@@ -49,7 +49,8 @@ class LegacyClonedKD(Strategy):
     The clients are NumPyClients without any change. The config of a request carries "num-clones",
     "seed" and "server-round"; a client that does not read them returns a plain model, which is an
     ensemble of one. Arrays are identified by their position, in the order of the core's state dict.
-    What does not fit the core is refused in one line of the log and changes nothing.
+    What does not fit the core is refused in one line of the log and changes nothing. There is no
+    checkpoint, no quarantine and no undoing of an edge; `ClonedKD` has them.
 
     Args:
         core: the service: its model, dataset, recipes and seed.
@@ -70,6 +71,18 @@ class LegacyClonedKD(Strategy):
 
     Raises:
         ValueError: for a number out of range, or params that are not the core's.
+
+    Examples:
+        >>> import torch
+        >>> from flwr.server import ServerAppComponents, ServerConfig
+        >>> from flwr.serverapp import ServerApp
+        >>> from flwr_cloned_kd import Core, LegacyClonedKD, Recipe
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> def server_fn(context):
+        ...     core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=Recipe(epochs=2))
+        ...     strategy = LegacyClonedKD(core, core.pretrain(), num_clones=3)
+        ...     return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=9))
+        >>> app = ServerApp(server_fn=server_fn)
     """
 
     def __init__(

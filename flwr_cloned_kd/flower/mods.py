@@ -56,6 +56,11 @@ class ClipClones:
 
     Raises:
         ValueError: if the norm is not above 0.
+
+    Examples:
+        >>> from flwr.clientapp import ClientApp
+        >>> from flwr_cloned_kd import ClipClones, train_clones
+        >>> app = ClientApp(mods=[ClipClones(5.0), train_clones()])
     """
 
     clipping_norm: float | None = None
@@ -100,6 +105,11 @@ class LocalDpClones:
 
     Raises:
         ValueError: for a number out of range.
+
+    Examples:
+        >>> from flwr.clientapp import ClientApp
+        >>> from flwr_cloned_kd import LocalDpClones
+        >>> app = ClientApp(mods=[LocalDpClones(clipping_norm=5.0, epsilon=1.0, delta=1e-5)])
     """
 
     clipping_norm: float

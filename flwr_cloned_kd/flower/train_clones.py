@@ -68,6 +68,11 @@ def train_clones(*, max_clones: int = MAX_CLONES) -> Mod:
 
     Args:
         max_clones: the largest number of clones that this edge trains for one request.
+
+    Examples:
+        >>> from flwr.clientapp import ClientApp
+        >>> from flwr_cloned_kd import train_clones
+        >>> app = ClientApp(mods=[train_clones()])
     """
 
     def run_for_each_clone(message: Message, context: Context, call_next: CallNext) -> Message:

@@ -39,6 +39,7 @@ def calibrate(
         core: with the data, the recipes and the validation data of the run; its guard and its
             rule of trust are not used.
         state: where the stand-ins start, usually the core after Phase 0.
+        score: the score whose threshold is wanted, such as `validation_drop`.
         false_alarms: probability to refuse an honest edge, above 0 and below 1.
         stand_ins: number of trained stand-ins, at least 3; each costs one edge and one Phase 2, or
             the edge alone if the score is known before the distillation.
@@ -47,6 +48,16 @@ def calibrate(
 
     Raises:
         ValueError: for a number out of range, or a score that is None for a stand-in.
+
+    Examples:
+        >>> import torch
+        >>> from dataclasses import replace
+        >>> from flwr_cloned_kd import Core, Recipe, calibrate, ensemble_gap
+        >>> data = torch.randn(16, 2), torch.arange(16) % 2
+        >>> core = Core(model=torch.nn.Linear(2, 2), dataset=data, recipe=Recipe(epochs=2))
+        >>> state = core.state(core.pretrain())
+        >>> guard = calibrate(core, state, ensemble_gap, stand_ins=3)
+        >>> guarded = replace(core, guard=guard)
     """
     if not 0 < false_alarms < 1:
         raise ValueError(f"false_alarms: expected above 0 and below 1, got {false_alarms}")

@@ -10,6 +10,22 @@ class Venn:
     """Shares of a held-out set that only one model, or both, classify correctly.
 
     Fractions in [0, 1]; the remaining share is what neither model classifies correctly.
+
+    Args:
+        student_only: share that only the student classifies correctly.
+        both: share that both classify correctly.
+        teacher_only: share that only the teacher classifies correctly.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Venn
+        >>> student = torch.tensor([True, True, False, False])
+        >>> teacher = torch.tensor([True, False, True, False])
+        >>> venn = Venn.of(student, teacher)
+        >>> venn
+        Venn(student_only=0.25, both=0.25, teacher_only=0.25)
+        >>> round(venn.consensus, 3)
+        0.333
     """
 
     student_only: float

@@ -68,17 +68,6 @@ class Core:
     A core does not change during a run; its progress is a `CoreState`. The one mutable part is
     `target_cache`, which changes the speed and never the result.
 
-    >>> import torch
-    >>> from flwr_cloned_kd import Core, Recipe, train_edge
-    >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
-    >>> recipe = Recipe(epochs=50, batch_size=2)
-    >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe)
-    >>> state = core.state(core.pretrain())
-    >>> edge = train_edge(core.model, state.params, data, recipe, num_clones=3)
-    >>> state, metrics = core.distill(state, edge)
-    >>> state.version, len(state.memory), metrics["accepted"], metrics["train-accuracy"]
-    (1, 1, 1.0, 1.0)
-
     Args:
         model: the architecture; its weights are the start of Phase 0.
         dataset: the core data, inputs `[N, ...]` and labels `[N, ...]`, or data in any form that
@@ -97,6 +86,21 @@ class Core:
         target_cache: kept targets of the memory. A core made by `dataclasses.replace` shares it,
             and uses the kept targets unless the model, the dataset, the task, the distillation,
             the seed or the runtime was replaced.
+
+    Raises:
+        ValueError: if the data do not fit the model or the task.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Recipe, train_edge
+        >>> data = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
+        >>> recipe = Recipe(epochs=50, batch_size=2)
+        >>> core = Core(model=torch.nn.Linear(1, 2), dataset=data, recipe=recipe)
+        >>> state = core.state(core.pretrain())
+        >>> edge = train_edge(core.model, state.params, data, recipe, num_clones=3)
+        >>> state, metrics = core.distill(state, edge)
+        >>> state.version, len(state.memory), metrics["accepted"], metrics["train-accuracy"]
+        (1, 1, 1.0, 1.0)
     """
 
     model: nn.Module
@@ -434,7 +438,20 @@ class Core:
 
 
 def edge_seed(seed: int, server_round: int) -> int:
-    """Derive the seed of Phase 1 in one round from the seed of the core."""
+    """Derive the seed of Phase 1 in one round from the seed of the core.
+
+    Args:
+        seed: of the core.
+        server_round: number of the request, from 1.
+
+    Returns:
+        An integer of 63 bits.
+
+    Examples:
+        >>> from flwr_cloned_kd import edge_seed
+        >>> edge_seed(0, 1) == edge_seed(0, 2)
+        False
+    """
     return fold_in(seed, "phase-1", server_round)
 
 
@@ -451,8 +468,31 @@ def train_edge(
 ) -> Ensemble:
     """Phase 1: train clones of the core on private data; they differ in their batches (Sec. 4.2).
 
+    Args:
+        model: the architecture of the core; its own weights are not used.
+        params: the model that the edge was sent, from which every clone starts.
+        dataset: the private data, in any form that `as_dataset` converts.
+        recipe: how Phase 1 trains.
+        task: what the outputs of the model mean, as for the core.
+        num_clones: E, at least 1.
+        seed: of the shuffles and augmentations; `edge_seed` gives each round another one.
+        runtime: speed only.
+
     Returns:
         The ensemble `[num_clones, ...]`.
+
+    Raises:
+        ValueError: as `fit`, or if `num_clones` is below 1.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Recipe, edge_seed, train_edge
+        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+        >>> model = torch.nn.Linear(1, 2)
+        >>> recipe = Recipe(epochs=2)
+        >>> edge = train_edge(model, model.state_dict(), data, recipe, seed=edge_seed(0, 1))
+        >>> edge["bias"].shape  # three clones
+        torch.Size([3, 2])
     """
     return fit(
         model,

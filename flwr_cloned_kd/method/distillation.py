@@ -28,6 +28,14 @@ class Distillation:
 
     Raises:
         ValueError: for a number out of range.
+
+    Examples:
+        >>> from flwr_cloned_kd import Distillation, Recipe
+        >>> recipe = Recipe(epochs=40, lr=0.02)
+        >>> phase_2 = Distillation(recipe=recipe, memory_size=1, student_start=1.0)
+        >>> Distillation(memory_size=0)
+        Traceback (most recent call last):
+        ValueError: memory_size: expected at least 1, got 0
     """
 
     recipe: Recipe = field(default_factory=Recipe)

@@ -45,6 +45,24 @@ class Evidence:
         after: mask `[N]` of the core after the distillation.
         loss_after: loss of that core.
         train_accuracy: of that core on its own data.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Evidence
+        >>> def refuse_long_steps(evidence: Evidence) -> str | None:  # a guard of your own
+        ...     return "it moved too far" if evidence.movement > 2 else None
+        >>> right = torch.ones(4, dtype=torch.bool)
+        >>> evidence = Evidence(
+        ...     labels=torch.arange(4),
+        ...     before=right,
+        ...     clones=right[None],
+        ...     ensemble=right,
+        ...     movement=3.0,
+        ...     direction=None,
+        ...     history=(0.9,),
+        ... )
+        >>> refuse_long_steps(evidence)
+        'it moved too far'
     """
 
     labels: Tensor

@@ -33,19 +33,34 @@ def train_accuracy_drop(evidence: Evidence) -> float | None:
 
 
 def validation_drop(evidence: Evidence) -> float | None:
-    """Return how far the core's accuracy on the validation data fell by the distillation."""
+    """Return how far the core's accuracy on the validation data fell by the distillation.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, validation_drop
+        >>> guard = Limit(validation_drop, 0.05)  # at most five points
+    """
     if evidence.after is None:
         return None
     return share(evidence.before) - share(evidence.after)
 
 
 def class_drop(evidence: Evidence) -> float | None:
-    """Return the largest fall of the core's accuracy on one class of the validation data."""
+    """Return the largest fall of the core's accuracy on one class of the validation data.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, class_drop
+        >>> guard = Limit(class_drop, 0.2)  # at most twenty points of any class
+    """
     return evidence.class_drop()
 
 
 def loss_rise(evidence: Evidence) -> float | None:
-    """Return how far the core's loss on the validation data rose by the distillation."""
+    """Return how far the core's loss on the validation data rose by the distillation.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, loss_rise
+        >>> guard = Limit(loss_rise, 0.1)  # in the unit of the loss
+    """
     return evidence.loss_rise()
 
 
@@ -56,6 +71,10 @@ def drop_confidence(evidence: Evidence) -> float | None:
     elements that changed, as many or more were lost, if losses and gains are equally likely. With
     `Limit(drop_confidence, 0.99)` a core that becomes neither better nor worse refuses at most one
     edge in a hundred. A probability in [0, 1]; its threshold needs no calibration.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, drop_confidence
+        >>> guard = Limit(drop_confidence, 0.99)
     """
     if evidence.after is None:
         return None
@@ -73,6 +92,10 @@ def edge_drop(evidence: Evidence) -> float | None:
 
     It is the sum of the falls of its accepted rounds, with the present one. A poison in many small
     steps stays below a threshold for one round, and not below the same threshold for their sum.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, edge_drop
+        >>> guard = Limit(edge_drop, 0.1)
     """
     fall = validation_drop(evidence)
     if fall is None:
@@ -83,7 +106,12 @@ def edge_drop(evidence: Evidence) -> float | None:
 
 
 def ensemble_gap(evidence: Evidence) -> float:
-    """Return by how much the ensemble is less accurate than the core; known before Phase 2."""
+    """Return by how much the ensemble is less accurate than the core; known before Phase 2.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, ensemble_gap
+        >>> guard = Limit(ensemble_gap, 0.3)  # refuses before the distillation is paid for
+    """
     return share(evidence.before) - share(evidence.ensemble)
 
 
@@ -91,6 +119,10 @@ def disagreement(evidence: Evidence) -> float | None:
     """Return the share of elements of which the memory is right and the ensemble is wrong.
 
     It is known before Phase 2, and None while the memory is empty.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, disagreement
+        >>> guard = Limit(disagreement, 0.3)  # refuses before the distillation is paid for
     """
     if evidence.memory is None:
         return None
@@ -98,12 +130,29 @@ def disagreement(evidence: Evidence) -> float | None:
 
 
 def movement(evidence: Evidence) -> float:
-    """Return the length of the movement, relative to the model that was sent."""
+    """Return the length of the movement, relative to the model that was sent.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, movement
+        >>> guard = Limit(movement, 2.0)  # at most twice the norm of the model that was sent
+    """
     return evidence.movement
 
 
 def relative_accuracy(evidence: Evidence) -> float:
-    """Trust an edge by the accuracy of its ensemble, as a part of the core's; at most 1."""
+    """Trust an edge by the accuracy of its ensemble, as a part of the core's; at most 1.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Recipe, relative_accuracy
+        >>> data = torch.randn(16, 2), torch.arange(16) % 2
+        >>> core = Core(
+        ...     model=torch.nn.Linear(2, 2),
+        ...     dataset=data,
+        ...     recipe=Recipe(epochs=2),
+        ...     trust=relative_accuracy,
+        ... )
+    """
     before = share(evidence.before)
     return min(1.0, share(evidence.ensemble) / before) if before else 1.0
 
@@ -116,6 +165,10 @@ class Limit:
         score: one of this module, such as `validation_drop`, or your own.
         threshold: the largest score that is accepted, in the unit of the score; `calibrate` finds
             one from the core's own data.
+
+    Examples:
+        >>> from flwr_cloned_kd import Limit, validation_drop
+        >>> guard = Limit(validation_drop, 0.05)  # pass it as Core(guard=...)
     """
 
     score: Score
@@ -131,7 +184,15 @@ class Limit:
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Refuse an edge that at least one guard refuses; the first reason counts."""
+    """Refuse an edge that at least one guard refuses; the first reason counts.
+
+    Args:
+        guards: asked in this order.
+
+    Examples:
+        >>> from flwr_cloned_kd import AnyOf, Limit, TrainAccuracyDrop, movement
+        >>> guard = AnyOf([TrainAccuracyDrop(0.1), Limit(movement, 2.0)])
+    """
 
     guards: Sequence[Guard]
 
@@ -142,7 +203,15 @@ class AnyOf:
 
 @dataclass(frozen=True)
 class AllOf:
-    """Refuse an edge that every guard refuses at the same time."""
+    """Refuse an edge that every guard refuses at the same time.
+
+    Args:
+        guards: at least one; without a guard no edge is refused.
+
+    Examples:
+        >>> from flwr_cloned_kd import AllOf, Limit, class_drop, movement
+        >>> guard = AllOf([Limit(class_drop, 0.2), Limit(movement, 2.0)])
+    """
 
     guards: Sequence[Guard]
 
@@ -166,6 +235,11 @@ class TrainAccuracyJump:
     Args:
         threshold: the largest rise above the mean of the history that is still accepted; a
             fraction, in [0, 1].
+
+    Examples:
+        >>> from flwr_cloned_kd import TrainAccuracyJump
+        >>> TrainAccuracyJump(threshold=0.2)
+        TrainAccuracyJump(threshold=0.2)
     """
 
     threshold: float = 0.1
@@ -181,6 +255,17 @@ class TrainAccuracyDrop:
     Args:
         threshold: the largest fall since the last accepted round that is still accepted; a
             fraction, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import Core, Recipe, TrainAccuracyDrop
+        >>> data = torch.randn(16, 2), torch.arange(16) % 2
+        >>> core = Core(
+        ...     model=torch.nn.Linear(2, 2),
+        ...     dataset=data,
+        ...     recipe=Recipe(epochs=2),
+        ...     guard=TrainAccuracyDrop(0.1),
+        ... )
     """
 
     threshold: float = 0.1

@@ -25,17 +25,37 @@ def correct(target: Tensor, labels: Tensor) -> Tensor:
 
     A core with a task of another form than `[B, C]` uses `Task.correct` in the place of this
     function, so that the preset `practical` means the same for every task.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import correct
+        >>> correct(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]))
+        tensor([1., 0.])
     """
     return (target.argmax(-1) == labels).to(target.dtype)
 
 
 def label_probability(target: Tensor, labels: Tensor) -> Tensor:
-    """Weight each sample by the probability that the ensemble gives to its label."""
+    """Weight each sample by the probability that the ensemble gives to its label.
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import label_probability
+        >>> label_probability(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]))
+        tensor([0.9000, 0.2000])
+    """
     return target.gather(-1, labels[:, None]).squeeze(-1)
 
 
 class Knowledge(NamedTuple):
-    """Accuracies that a core measures on its own data before a round. Fractions in [0, 1]."""
+    """Accuracies that a core measures on its own data before a round. Fractions in [0, 1].
+
+    Examples:
+        >>> from flwr_cloned_kd import Distillation, Knowledge
+        >>> def all_or_nothing(knowledge: Knowledge) -> float:  # a rule of your own
+        ...     return 1.0 if knowledge.moved(1.0) >= knowledge.moved(0.0) else 0.0
+        >>> phase_2 = Distillation(student_start=all_or_nothing)
+    """
 
     ensemble: float
     """Accuracy of the mean of the clones' predictions."""
@@ -49,7 +69,13 @@ StartRule = Callable[[Knowledge], float]
 
 
 def ensemble_share(knowledge: Knowledge) -> float:
-    """Move by a share that equals the accuracy of the ensemble on the core data."""
+    """Move by a share that equals the accuracy of the ensemble on the core data.
+
+    Examples:
+        >>> from flwr_cloned_kd import Knowledge, ensemble_share
+        >>> ensemble_share(Knowledge(ensemble=0.8, moved=lambda share: 0.9))
+        0.8
+    """
     return knowledge.ensemble
 
 
@@ -66,6 +92,13 @@ def retained(knowledge: Knowledge) -> float:
     least max(s^2, 1/2) times as many core samples correctly as the core before. The measured model
     is the model that the student starts from. Clones that predict well but average badly, or that
     moved very far, can therefore not spoil the start.
+
+    Examples:
+        >>> from flwr_cloned_kd import Knowledge, retained
+        >>> retained(Knowledge(ensemble=0.8, moved=lambda share: 0.9))  # nothing is lost on the way
+        1.0
+        >>> retained(Knowledge(ensemble=0.8, moved=lambda share: 0.9 if share < 0.25 else 0.1))
+        0.1875
     """
     before = knowledge.moved(0.0)
     for step in range(START_STEPS, 0, -1):

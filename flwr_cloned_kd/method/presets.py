@@ -24,6 +24,12 @@ def unselective(recipe: Recipe) -> Distillation:
 
     Every ensemble is a teacher of every sample, as in the paper. That is good for edges with the
     same class distribution as the core, and harmful for edges with few classes (docs/results.md).
+
+    Examples:
+        >>> from flwr_cloned_kd import Recipe, unselective
+        >>> phase_2 = unselective(Recipe(lr=0.1))
+        >>> phase_2.recipe.lr, phase_2.student_start, phase_2.selection
+        (0.02, 1.0, None)
     """
     return Distillation(
         recipe=replace(recipe, lr=recipe.lr / 5), student_start=1.0, mean_over_memory=True
@@ -37,6 +43,13 @@ def practical(recipe: Recipe) -> Distillation:
     it classifies correctly. The core before the round is a teacher too. The KD terms have less
     weight (t = 2). The student starts towards the clones only as far as the core keeps its accuracy
     on the core data (`retained`).
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from flwr_cloned_kd import Recipe, practical
+        >>> phase_2 = replace(practical(Recipe(epochs=40)), memory_size=1)
+        >>> phase_2.temperature, phase_2.core_as_teacher
+        (2.0, True)
     """
     return replace(
         unselective(recipe),
@@ -48,7 +61,14 @@ def practical(recipe: Recipe) -> Distillation:
 
 
 PRESETS = {"paper": paper, "practical": practical, "unselective": unselective}
-"""Presets of Phase 2, by their names in run-configs."""
+"""Presets of Phase 2, by their names in run-configs.
+
+Examples:
+    >>> from flwr_cloned_kd import PRESETS, Recipe
+    >>> phase_2 = PRESETS["paper"](Recipe(epochs=40))
+    >>> phase_2.temperature, phase_2.student_start
+    (4.0, 0.0)
+"""
 
 SELECTIONS: dict[str, Selection | None] = {
     "all": None,

@@ -13,7 +13,14 @@ Send = Callable[[CoreState], StateDict]
 
 
 def cloned(state: CoreState) -> StateDict:
-    """Send the core itself: cloned distillation (C-)."""
+    """Send the core itself: cloned distillation (C-).
+
+    Examples:
+        >>> import torch
+        >>> from flwr_cloned_kd import CoreState, cloned
+        >>> cloned(CoreState({"w": torch.zeros(2)}))
+        {'w': tensor([0., 0.])}
+    """
     return state.params
 
 
@@ -42,6 +49,10 @@ class Variant:
         init: core -> function that returns the model an edge starts from.
         num_clones: number of clones that an edge trains.
         memory_size: number of ensembles in the temporal memory, the newest included.
+
+    Examples:
+        >>> from flwr_cloned_kd import Variant, cloned
+        >>> five = Variant(init=lambda core: cloned, num_clones=5, memory_size=1)
     """
 
     init: Callable[[Core], Send]
@@ -63,4 +74,15 @@ VARIANTS = {
 """I: independent (s: from scratch), C: cloned; E: ensemble; M: temporal memory; P: plain (Fig. 5).
 
 The paper prints neither the number of clones nor M; 3 and 3 are what Fig. 2 draws.
+
+Examples:
+    >>> import torch
+    >>> from flwr_cloned_kd import VARIANTS, ClonedKD, Core, Distillation, Recipe
+    >>> row = VARIANTS["CPM"]
+    >>> core = Core(
+    ...     model=torch.nn.Linear(2, 2),
+    ...     dataset=(torch.randn(8, 2), torch.arange(8) % 2),
+    ...     distillation=Distillation(recipe=Recipe(epochs=2), memory_size=row.memory_size),
+    ... )
+    >>> strategy = ClonedKD(core, send=row.init(core), num_clones=row.num_clones)
 """

@@ -41,10 +41,15 @@ class VirtualGrid(Grid):
     An edge that departs loses the request that it works on and sends no error. A stored reply is
     lost if it is pulled while the edge is away, as with Flower.
 
+    All options but the seed are numbers, or a `Draw` such as `LogNormal` or `Trace`. The visit of a
+    draw counts the requests to an edge, from 1; it is 0 for `arrival`, 1, 3, 5, ... for `stay` and
+    2, 4, 6, ... for `away`.
+
     Args:
         apps: one per edge; the node config of edge i is {"partition-id": i, "num-partitions": n}.
         compute: seconds of one training; with infinity a training never ends.
-        down, up: bytes per second, above 0; with infinity a transfer takes no time.
+        down: bytes per second to an edge, above 0; with infinity a transfer takes no time.
+        up: bytes per second from an edge, likewise.
         arrival: seconds until an edge arrives.
         stay: seconds until an edge that is present departs; with infinity it never departs.
         away: seconds until an edge that departed returns; with infinity it never returns.
@@ -54,12 +59,22 @@ class VirtualGrid(Grid):
         further: seconds that each further answer adds if the core learns from several together.
         seed: determines every draw.
 
-        All options but the seed are numbers, or a `Draw` such as `LogNormal` or `Trace`. The visit
-        of a draw counts the requests to an edge, from 1; it is 0 for `arrival`, 1, 3, 5, ... for
-        `stay` and 2, 4, 6, ... for `away`.
-
     Raises:
         ValueError: if there is no app; at the time of a draw, if its number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+        >>> from flwr_cloned_kd import FedAsync, VirtualGrid
+        >>> def edge(message, context):
+        ...     metrics = MetricRecord({"num-examples": 1})
+        ...     content = RecordDict({"arrays": message.content["arrays"], "metrics": metrics})
+        ...     return Message(content, reply_to=message)
+        >>> grid = VirtualGrid([edge] * 3, compute=60.0)
+        >>> start = ArrayRecord({"w": torch.zeros(2)})
+        >>> result = FedAsync(max_in_flight=3).start(grid, start, num_rounds=6)
+        >>> grid.now()
+        120.0
     """
 
     def __init__(

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("path", [DOCS / "results.md", ROOT / "README.md"], ids=str)
+@pytest.mark.parametrize(
+    "path", [DOCS / "results.md", DOCS / "choosing.md", ROOT / "README.md"], ids=str
+)
 def test_a_page_holds_the_numbers_of_the_committed_json(path):
     page = path.read_text()
     written = render(page, DOCS / "results")
