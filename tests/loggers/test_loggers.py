@@ -3,6 +3,7 @@
 import importlib.util
 import struct
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +211,7 @@ def records(path):
 def test_an_offline_run_of_wandb_has_rounds_as_steps_settings_and_causes(tmp_path):
     logger = WandbLogger(mode="offline", dir=tmp_path, project="digits")
     play(logger, num_rounds=3)
+    import_module("wandb").teardown()  # the process of W&B writes the file, and closes it here
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows = []
     settings = {}
