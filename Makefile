@@ -1,15 +1,20 @@
 # make demo   run the 9-edge digits setup: cloned KD, then Flower's FedAvg and FedProx
 # make test   ruff, mypy --strict and the tests, but those marked slow, gpu or deployment
 # make quick  the tests that start no Flower processes
+# make dist   build the wheel and the sdist into dist/
+# make package   make dist, and the tests that install the wheel outside this folder; part of make test
 # make docs    the documentation site in site/; a broken link or a failing cell of the tutorial is an error
 # make deployment   the tests with SuperLink and SuperNodes; 5 minutes, not part of make test
 
 PYTHON ?= python3
 BIN := .venv/bin
-QUICK := not simulation and not deployment and not gpu and not slow
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+QUICK := not simulation and not package and not deployment and not gpu and not slow
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+# Versions that have wheels for this Python; matplotlib-venn has none.
+LOWEST := --resolution lowest-direct --only-binary :all: --no-binary matplotlib-venn
 
-.PHONY: demo test quick docs deployment clean
+.PHONY: demo test quick docs dist package deployment clean
 
 # One thread: a second gains nothing on so small a model, and costs tenfold where others use the CPU.
 demo: .venv/.demo
@@ -22,9 +27,26 @@ test: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2 --durations=5
 	$(BIN)/python -m pytest -m "simulation and not slow" --durations=5
+	$(MAKE) --no-print-directory package
 
 deployment: .venv/.dev
 	$(BIN)/python -m pytest -m deployment --durations=5
+
+dist: .venv/.dist
+	rm -rf dist
+	$(BIN)/uv build --quiet --no-build-isolation --python $(BIN)/python
+
+package: .venv/.dev dist
+	$(BIN)/python -m pytest -m package --durations=5
+
+# What the lower bounds of pyproject.toml mean for this Python, and no constraint at all.
+constraints-lowest.txt: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet $(LOWEST) --python $(BIN)/python --extra simulation --extra digits \
+		--extra plots --extra datasets --output-file $@ pyproject.toml
+
+constraints-newest.txt:
+	touch $@
 
 quick: .venv/.dev
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2
@@ -37,15 +59,19 @@ docs: .venv/.dev
 		{ echo "expected Python 3.11 or newer, got $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.demo: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
 	$(PIP_INSTALL) --editable ".[simulation,digits,plots]"
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
 	$(PIP_INSTALL) --editable ".[dev]"
-	@touch $@ .venv/.demo
+	@touch $@ .venv/.demo .venv/.dist
+
+.venv/.dist: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(PIP_INSTALL) hatchling uv
+	@touch $@
 
 clean:
-	rm -rf .venv results site
+	rm -rf .venv dist results site

@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import psutil
+try:
+    import psutil
+except ImportError:
+    sys.exit('The launcher needs psutil: pip install "flwr-cloned-kd[launch]"')
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0

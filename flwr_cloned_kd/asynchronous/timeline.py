@@ -108,8 +108,13 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
         >>> with tempfile.TemporaryDirectory() as folder:  # after a run: strategy.events
         ...     draw_timeline(events, Path(folder, "timeline.svg"))
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError(
+            'draw_timeline needs matplotlib: pip install "flwr-cloned-kd[plots]"'
+        ) from error
 
     by_begin = sorted(spans(events), key=lambda span: span.begin)
     edges = [lane for lane in dict.fromkeys(span.lane for span in by_begin) if lane != CORE]

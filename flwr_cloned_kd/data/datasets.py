@@ -39,7 +39,9 @@ def load_digits(test_size: int = 360) -> tuple[Dataset, Dataset]:
         from sklearn.datasets import load_digits as load
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("load_digits needs scikit-learn: pip install scikit-learn") from error
+        raise ImportError(
+            'load_digits needs scikit-learn: pip install "flwr-cloned-kd[digits]"'
+        ) from error
     images, labels = load(return_X_y=True)
     train, test, train_labels, test_labels = train_test_split(
         images, labels, test_size=test_size, stratify=labels, random_state=0

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.backends import cudnn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .counts import check_count
 from .nested import Inputs, on_device, outputs_of, rows_of, tensors_of
@@ -234,6 +233,9 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 def count_flop(model: nn.Module, sample: Inputs) -> int:
     """Count the floating-point operations of one forward pass of one sample."""
+    # This module imports Triton, which takes half of the time of `import flwr_cloned_kd`.
+    from torch.utils.flop_counter import FlopCounterMode
+
     device = next(model.parameters()).device
     probe = copy.deepcopy(model).eval()  # a copy: the buffers and modes of the model stay untouched
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
