@@ -4,6 +4,7 @@ Lee, Yoo and Kwak, "Asynchronous Edge Learning using Cloned Knowledge Distillati
 """
 
 from .asynchronous.accounts import accounts
+from .asynchronous.callbacks import Callback, RunStart
 from .asynchronous.staleness import ConstantStaleness, HingeStaleness, PolynomialStaleness
 from .asynchronous.strategy import AsyncStrategy
 from .asynchronous.timeline import Event, draw_timeline
@@ -40,6 +41,10 @@ from .flower.cloned_kd import ClonedKD
 from .flower.legacy import LegacyClonedKD
 from .flower.mods import ClipClones, LocalDpClones
 from .flower.train_clones import train_clones
+from .loggers.live import LiveView
+from .loggers.mlflow import MlflowLogger
+from .loggers.tensorboard import TensorBoardLogger
+from .loggers.wandb import WandbLogger
 from .method.calibration import calibrate
 from .method.consensus import Venn
 from .method.core import Core, edge_seed, train_edge
@@ -83,6 +88,7 @@ __all__ = [
     "AllOf",
     "AnyOf",
     "AsyncStrategy",
+    "Callback",
     "Classification",
     "ClipClones",
     "ClonedKD",
@@ -105,22 +111,27 @@ __all__ = [
     "Knowledge",
     "LegacyClonedKD",
     "Limit",
+    "LiveView",
     "LocalDpClones",
     "LogNormal",
+    "MlflowLogger",
     "Plateau",
     "PolynomialStaleness",
     "Recipe",
     "Regression",
+    "RunStart",
     "Runtime",
     "SeveralLabels",
     "StateDict",
     "Task",
+    "TensorBoardLogger",
     "Trace",
     "TrainAccuracyDrop",
     "TrainAccuracyJump",
     "Variant",
     "Venn",
     "VirtualGrid",
+    "WandbLogger",
     "accounts",
     "accuracy",
     "as_dataset",

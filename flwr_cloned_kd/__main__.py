@@ -17,6 +17,9 @@ EXTRAS = {
     "digits": ("sklearn",),
     "plots": ("matplotlib", "matplotlib_venn"),
     "datasets": ("flwr_datasets",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
 }
 """Extras of the package, and the modules that come with each."""
 COMMANDS = {

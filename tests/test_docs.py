@@ -20,7 +20,12 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_code_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "block", "exec"), {"__name__": "block"})
+    try:
+        exec(compile(block, "block", "exec"), {"__name__": "block"})
+    except ImportError as error:
+        if 'pip install "flwr-cloned-kd[' not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def anchors_of(page):

@@ -10,7 +10,7 @@ FLOORS = [
     ("engine",),
     ("data", "method", "io"),
     ("asynchronous",),
-    ("flower", "baselines", "virtual"),
+    ("flower", "baselines", "virtual", "loggers"),
     ("apps", "attacks"),
     ("paper",),
 ]

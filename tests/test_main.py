@@ -32,14 +32,14 @@ def test_it_prints_versions_and_devices(capsys):
 def test_every_extra_for_users_is_listed(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(command.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
-    assert "\n  digits      installed\n" in output(capsys)
+    assert "\n  digits       installed\n" in output(capsys)
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: name != "matplotlib_venn" or None)
     text = output(capsys)
-    assert 'plots       not installed: pip install "flwr-cloned-kd[plots]"' in text
-    assert "\n  digits      installed\n" in text
+    assert 'plots        not installed: pip install "flwr-cloned-kd[plots]"' in text
+    assert "\n  digits       installed\n" in text
 
 
 def test_the_commands_of_a_checkout_exist(capsys):

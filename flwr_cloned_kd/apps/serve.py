@@ -1,5 +1,6 @@
 """The strategies that a run compares cloned KD with."""
 
+import time
 from functools import partial
 from logging import INFO
 from typing import Any
@@ -9,6 +10,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedProx
 
+from ..asynchronous.callbacks import Callbacks, RunStart
 from ..baselines.fedasync import FedAsync
 from ..baselines.fedbuff import FedBuff
 from ..engine.ensemble import StateDict
@@ -16,6 +18,7 @@ from ..method.core import Core
 from .build import max_staleness, staleness_weight
 from .report import Report
 from .settings import Settings
+from .watch import watchers
 
 
 def run_baseline(
@@ -42,6 +45,7 @@ def run_asynchronous(
         "max_staleness": max_staleness(settings),
         "measure": lambda model: {"core-accuracy": core.held_out_accuracy(model) or 0.0},
         "on_round": partial(report.add, name),
+        "callbacks": watchers(settings, report.folder, name),
     }
     weight = staleness_weight(settings)
     if weight is not None:
@@ -89,12 +93,24 @@ def run_synchronous(
                 "bytes-up": num_bytes,
             }
             report.add(name, row)
+            callbacks.settle(row)
         return MetricRecord({"core-accuracy": accuracy})
 
-    strategy.start(
-        grid,
-        ArrayRecord(params),
+    began = time.monotonic()
+    callbacks = Callbacks(watchers(settings, report.folder, name))
+    run = RunStart(
+        strategy=type(strategy).__name__,
         num_rounds=settings.baseline_rounds,
-        timeout=settings.timeout,
-        evaluate_fn=evaluate,
+        settings={"num_edges": settings.num_edges, "seed": settings.seed},
+        history=[],
+        events=[],
+        now=lambda: time.monotonic() - began,
     )
+    with callbacks.watch(run):
+        strategy.start(
+            grid,
+            ArrayRecord(params),
+            num_rounds=settings.baseline_rounds,
+            timeout=settings.timeout,
+            evaluate_fn=evaluate,
+        )

@@ -20,6 +20,7 @@ from ..method.guards import Trust, relative_accuracy
 from ..method.presets import PRESETS
 from ..method.variants import VARIANTS
 
+WATCHERS = ("live", "tensorboard", "mlflow", "wandb")
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox", "fedasync", "fedbuff")
 GUARDS = ("none", "jump", "drop", "validation", "gap")
 BY_FALSE_ALARMS = ("validation", "gap")
@@ -111,6 +112,12 @@ def _strategy_names(names: str) -> str:
     return names
 
 
+def _watcher_names(names: str) -> str:
+    if names and not set(_split(names)) <= set(WATCHERS):
+        raise ValueError
+    return names
+
+
 def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",")]
 
@@ -129,6 +136,9 @@ Device = Annotated[
     str, AfterValidator(_device_name), Field(description="auto, cpu, cuda, cuda:1, ...")
 ]
 STRATEGY_NAMES = Field(description=f"some of {', '.join(STRATEGIES)}", examples=list(STRATEGIES))
+WATCHER_NAMES = Field(
+    description=f"the empty text or some of {', '.join(WATCHERS)}", examples=["", *WATCHERS]
+)
 Switch = Annotated[str, one_of(*CHOICES)]
 
 
@@ -308,6 +318,12 @@ class Settings:
     results: str = setting(
         "", RUN, "absolute path of the folder for results; the empty text is ./results", "paths"
     )
+    watch: Annotated[str, AfterValidator(_watcher_names), WATCHER_NAMES] = setting(
+        "",
+        RUN,
+        "views and logs of a run while it runs, separated by commas; see docs/watching.md",
+        "paths",
+    )
 
     device: Device = setting("auto", SPEED, "device of the core", "speed")
     client_device: Device = setting("auto", SPEED, "device of the edges", "speed")
@@ -364,6 +380,11 @@ class Settings:
     def strategies(self) -> list[str]:
         """The strategies to run, in turn."""
         return _split(self.strategy)
+
+    @property
+    def watched(self) -> list[str]:
+        """The views and logs of a run while it runs."""
+        return list(dict.fromkeys(name for name in _split(self.watch) if name))
 
     @property
     def noisy(self) -> list[str]:

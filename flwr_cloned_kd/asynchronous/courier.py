@@ -72,6 +72,7 @@ class Courier:
         self._arrivals = Arrivals(grid, session, self.now, self._on_arrival)
         self._answers: deque[Answer] = deque()
         self._num_arrived = 0
+        self._has_asked = False
         self._failed_calls = 0
         self._idle_since = self.now()
         self._idle_logged = False
@@ -102,11 +103,14 @@ class Courier:
         if self._thread is not None:
             self._thread.join()
 
-    def next_answers(self, max_answers: int) -> list[Answer]:
+    def next_answers(
+        self, max_answers: int, meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Answer]:
         """Wait for the next answer; return it with those that have arrived since, oldest first.
 
         Args:
             max_answers: the most answers to return, at least 1.
+            meanwhile: called each time that edges were asked, and before the answers are returned.
 
         Returns:
             An empty list if no edge is left to ask and no request is under way.
@@ -115,10 +119,9 @@ class Courier:
             ConnectionError: if the grid failed many times in a row.
         """
         if self._stepped is None:
-            with self._changed:
-                self._changed.wait_for(lambda: self._answers or self._ended or self._error)
+            self._wait_for_answer(meanwhile)
         else:
-            self._step_to_answer(self._stepped)
+            self._step_to_answer(self._stepped, meanwhile)
         with self._changed:
             if self._answers:
                 num_answers = min(max_answers, len(self._answers))
@@ -183,9 +186,23 @@ class Courier:
                 self._error = error
                 self._changed.notify_all()
 
-    def _step_to_answer(self, grid: Stepped) -> None:
+    def _wait_for_answer(self, meanwhile: Callable[[], None]) -> None:
+        """Wait for an answer, the end of the run or an error of the network thread."""
+        waiting = True
+        while waiting:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._answers or self._ended or self._error or self._has_asked
+                )
+                self._has_asked = False
+                waiting = not (self._answers or self._ended or self._error)
+            meanwhile()  # without the lock: it may take long
+
+    def _step_to_answer(self, grid: Stepped, meanwhile: Callable[[], None]) -> None:
+        meanwhile()
         while not self._answers and not self._ended:
             self._attempt()
+            meanwhile()
             if not self._answers and not self._ended:
                 self._advance(grid, float("inf"))
 
@@ -269,8 +286,7 @@ class Courier:
                 return False
             answer = Answer(dispatch, reply, arrived_at)
             self._count_failure(answer)
-            kind = "expire" if reply is None else "error" if reply.has_error() else "answer"
-            self._record(arrived_at, kind, dispatch.edge, dispatch.number)
+            self._record(arrived_at, answer.kind, dispatch.edge, dispatch.number)
             self._answers.append(answer)
             self._num_arrived += 1
             self._changed.notify_all()
@@ -323,7 +339,9 @@ class Courier:
             return False
         with self._changed:
             self._session.depart(message_id, dispatch)
-        self._record(now, "ask", edge, number)
+            self._record(now, "ask", edge, number)
+            self._has_asked = True
+            self._changed.notify_all()
         return True
 
     def _on_arrival(self, edge: str) -> None:

@@ -50,6 +50,13 @@ class Answer(NamedTuple):
         """Whether the edge crashed or stayed silent."""
         return self.reply is None or self.reply.has_error()
 
+    @property
+    def kind(self) -> str:
+        """The kind of the event that ends the request: "answer", "error" or "expire"."""
+        if self.reply is None:
+            return "expire"
+        return "error" if self.reply.has_error() else "answer"
+
 
 class Received(NamedTuple):
     """A reply that a strategy may learn from."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..engine.counts import check_count
 from ..io.messages import content_of, num_bytes
 from .arrivals import Arrivals
+from .callbacks import Callback, Callbacks, RunStart
 from .clock import Stepped, clock_of
 from .courier import Courier
 from .resume import SavedRun, load, save
@@ -40,6 +41,7 @@ class LoopOptions(TypedDict, total=False):
     revisit: bool
     max_failures: int
     on_round: Callable[[dict[str, Any]], None] | None
+    callbacks: Iterable[Callback]
     checkpoint: str | Path | None
 
 
@@ -68,13 +70,14 @@ class AsyncStrategy(Strategy):
             (absorbing it), core-idle-seconds (waiting for the answer), edge-idle-seconds (of this
             edge, present and without a request before this one), time (since the start, in
             seconds), and what `absorb` returned.
+        callbacks: called as things happen, from the start of a run to its end; see `Callback`.
         checkpoint: a file that is written after every round; if it is there at the start, the run
             resumes from it. For strategies with `state_dict` and `load_state_dict`. Flower's own
             loop does not use it.
 
     Raises:
-        ValueError: for a number out of range, or a checkpoint for a strategy that has no
-            `state_dict` and `load_state_dict`.
+        ValueError: for a number out of range, for callbacks that are no instances of `Callback`, or
+            a checkpoint for a strategy that has no `state_dict` and `load_state_dict`.
 
     Examples:
         >>> from flwr.app import ArrayRecord, RecordDict
@@ -110,6 +113,7 @@ class AsyncStrategy(Strategy):
         revisit: bool = False,
         max_failures: int = 30,
         on_round: Callable[[dict[str, Any]], None] | None = None,
+        callbacks: Iterable[Callback] = (),
         checkpoint: str | Path | None = None,
     ) -> None:
         check_count("max_in_flight", max_in_flight)
@@ -127,6 +131,7 @@ class AsyncStrategy(Strategy):
         self.publishing = threading.RLock()
         self.events: list[Event] = []
         self.history: list[dict[str, Any]] = []
+        self._callbacks = Callbacks(callbacks)
         self._session = Session(revisit, max_failures)
         self._timeout = 3600.0
         self._now: Callable[[], float] = time.monotonic
@@ -233,9 +238,10 @@ class AsyncStrategy(Strategy):
         if not self._resume(result):
             self.begin(initial_arrays)
             _evaluate(evaluate_fn, 0, initial_arrays, result)
-        if len(self.history) < num_rounds:
-            with self._courier(grid, num_rounds, train_config or ConfigRecord()) as courier:
-                self._run(courier, num_rounds, result, evaluate_fn)
+        with self._callbacks.watch(self._run_start(num_rounds)):
+            if len(self.history) < num_rounds:
+                with self._courier(grid, num_rounds, train_config or ConfigRecord()) as courier:
+                    self._run(courier, num_rounds, result, evaluate_fn)
         self.events.sort(key=lambda event: event.time)  # two threads append to the list
         result.arrays = self.arrays
         seconds = self._now() - self._started
@@ -247,7 +253,7 @@ class AsyncStrategy(Strategy):
         self, courier: Courier, num_rounds: int, result: Result, evaluate_fn: EvaluateFn | None
     ) -> None:
         while len(self.history) < num_rounds:
-            answers = courier.next_answers(self.max_together)
+            answers = courier.next_answers(self.max_together, self._callbacks.catch_up)
             if not answers:
                 log(WARNING, "%s: ending the run with what it has", courier.why_it_ended())
                 return
@@ -268,6 +274,7 @@ class AsyncStrategy(Strategy):
             self._reset(grid)
             self.begin(arrays)
             self._arrivals = Arrivals(grid, self._session, self._now, lambda edge: None)
+            self._callbacks.start(self._run_start(None))
         deadline = self._now() + self._timeout
         while (node := self._session.choose(self._arrivals.present(), self._now())) is None:
             if self._now() > deadline:
@@ -279,6 +286,8 @@ class AsyncStrategy(Strategy):
                 time.sleep(WAIT_SECONDS)
         message, dispatch = self._compose(server_round, node, self._now(), config)
         self._session.depart(str(node), dispatch)
+        self._record(dispatch.sent_at, "ask", dispatch.edge, dispatch.number)
+        self._callbacks.catch_up()
         return [message]
 
     def aggregate_train(
@@ -291,6 +300,8 @@ class AsyncStrategy(Strategy):
         if dispatch is None:
             return self.arrays, None
         answer = Answer(dispatch, next(iter(replies), None), now)
+        self._record(now, answer.kind, dispatch.edge, dispatch.number)
+        self._callbacks.catch_up()
         metrics = self._settle(server_round, [answer])
         self._session.settle(dispatch)
         return self.arrays, metrics[0]
@@ -352,6 +363,7 @@ class AsyncStrategy(Strategy):
             records.append(MetricRecord(numbers))
             if self.on_round is not None:
                 self.on_round(dict(row))
+            self._callbacks.settle(row)
         self._idle_since = self._now()
         return records
 
@@ -415,6 +427,17 @@ class AsyncStrategy(Strategy):
             num_rounds=num_rounds,
             max_in_flight=self.max_in_flight,
             timeout=self._timeout,
+        )
+
+    def _run_start(self, num_rounds: int | None) -> RunStart:
+        options = ("max_in_flight", "max_together", "max_staleness", "revisit", "max_failures")
+        return RunStart(
+            strategy=type(self).__name__,
+            num_rounds=num_rounds,
+            settings={**{name: getattr(self, name) for name in options}, **self.settings()},
+            history=[dict(row) for row in self.history],
+            events=self.events,
+            now=lambda: self._now() - self._started,
         )
 
     def _record(self, at: float, kind: str, edge: str, number: int) -> None:

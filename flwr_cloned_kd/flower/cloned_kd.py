@@ -46,8 +46,9 @@ class ClonedKD(AsyncStrategy):
             a distillation is refused, its answers are distilled one by one. Flower's own loop and
             `max_in_flight=1` have one answer at a time.
         loop: options of `AsyncStrategy`: `max_in_flight` (1 is Algorithm 1), `max_staleness`,
-            `revisit`, `max_failures`, `on_round`, `checkpoint`. A resumed run must have the same
-            core seed, core data, number of clones, `send`, `wire_dtype` and distillation.
+            `revisit`, `max_failures`, `on_round`, `callbacks`, `checkpoint`. A resumed run must
+            have the same core seed, core data, number of clones, `send`, `wire_dtype` and
+            distillation.
 
     Raises:
         ValueError: for a number out of range.

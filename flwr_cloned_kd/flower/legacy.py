@@ -1,7 +1,7 @@
 """Cloned knowledge distillation as a strategy for servers on `ServerAppComponents`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from logging import WARNING
 from typing import Any
@@ -22,8 +22,10 @@ from flwr.common import (
 from flwr.server import ClientManager
 from flwr.server.strategy import Strategy
 
+from ..asynchronous.callbacks import Callback, Callbacks, RunStart
 from ..asynchronous.rounds import log_round
 from ..asynchronous.session import Dispatch, Session
+from ..asynchronous.timeline import Event
 from ..engine.ensemble import StateDict, frozen_state, member, trained_state
 from ..engine.fit import accuracy
 from ..io.messages import MAX_CHARACTERS, MAX_NAME_CHARACTERS, ensemble_of, num_bytes
@@ -63,6 +65,8 @@ class LegacyClonedKD(Strategy):
             staleness (0), bytes-down, bytes-up, edge-seconds, core-seconds, num-clones, and what
             `Core.distill` returned; see `AsyncStrategy`. An answer never waits here, so
             wait-seconds and idle times are missing.
+        callbacks: called as things happen, see `Callback`. As in Flower's own loop, the number of
+            rounds is not known, and `finished` is not called.
 
     Raises:
         ValueError: for a number out of range, or params that are not the core's.
@@ -92,6 +96,7 @@ class LegacyClonedKD(Strategy):
         timeout: float = 3600.0,
         on_fit_config_fn: Callable[[int], dict[str, Scalar]] | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
+        callbacks: Iterable[Callback] = (),
     ) -> None:
         if not timeout >= 0:
             raise ValueError(f"timeout: expected at least 0, got {timeout}")
@@ -99,6 +104,9 @@ class LegacyClonedKD(Strategy):
         self.timeout = timeout
         self.on_fit_config_fn = on_fit_config_fn
         self.on_round = on_round
+        self._callbacks = Callbacks(callbacks)
+        self._events: list[Event] = []
+        self._started = time.monotonic()
         self._method = ClonedKD(
             core, num_clones=num_clones, send=send, wire_dtype=wire_dtype, revisit=revisit
         )
@@ -119,6 +127,17 @@ class LegacyClonedKD(Strategy):
         self._session = Session(self._method.revisit)
         self._patient = True
         self._method.begin(ArrayRecord(self._first))
+        self._events = []
+        self._started = time.monotonic()
+        run = RunStart(
+            strategy=type(self).__name__,
+            num_rounds=None,
+            settings=self._method.settings(),
+            history=[],
+            events=self._events,
+            now=lambda: time.monotonic() - self._started,
+        )
+        self._callbacks.start(run)
         return to_parameters(self._first)
 
     def configure_fit(
@@ -146,6 +165,7 @@ class LegacyClonedKD(Strategy):
             number=server_round,
         )
         self._session.depart(client.cid, dispatch)
+        self._record(now, "ask", dispatch)
         config: dict[str, Scalar] = {**further, **own_config}  # type: ignore[dict-item]
         return [(client, FitIns(request, config))]
 
@@ -160,6 +180,7 @@ class LegacyClonedKD(Strategy):
         dispatch = self._session.arrive(next(iter(self._session.in_flight), ""), answered_at)
         if dispatch is None:
             return to_parameters(self._current.params), {}
+        self._record(answered_at, "answer" if results else "error", dispatch)
         cause = ""
         bytes_up = 0
         metrics: dict[str, Any] = {"accepted": 0.0}
@@ -180,9 +201,10 @@ class LegacyClonedKD(Strategy):
             "core-seconds": time.monotonic() - answered_at,
         }
         cause = log_round(server_round, dispatch.edge, metrics, cause)
+        row = {"round": server_round, "edge": dispatch.edge, "cause": cause, **metrics}
         if self.on_round is not None:
-            row = {"round": server_round, "edge": dispatch.edge, "cause": cause, **metrics}
-            self.on_round(row)
+            self.on_round(dict(row))
+        self._callbacks.settle(row)
         return to_parameters(self._current.params), metrics
 
     def configure_evaluate(
@@ -217,6 +239,12 @@ class LegacyClonedKD(Strategy):
         if self.state is None:
             raise RuntimeError("LegacyClonedKD: expected initialize_parameters() first")
         return self.state
+
+    def _record(self, at: float, kind: str, dispatch: Dispatch) -> None:
+        time_of_run = at - self._started
+        version = self._current.version
+        self._events.append(Event(time_of_run, kind, dispatch.edge, dispatch.number, version))
+        self._callbacks.catch_up()
 
     def _wait_for_edge(self, client_manager: ClientManager) -> ClientProxy | None:
         deadline = time.monotonic() + (self.timeout if self._patient else 0)

@@ -95,6 +95,7 @@ def test_the_knobs_that_do_not_affect_the_plain_loop_are_these():
         "staleness_weight",
         "strategy",
         "timeout",
+        "watch",
         "wire_dtype",
         "workers",
     }
@@ -197,6 +198,7 @@ def test_the_range_of_a_knob_is_that_of_the_object_it_is_for(name, make):
         ({"edge-delays": "1,-2"}, "edge-delays: expected at most 9 numbers"),
         ({"edge-delays": "1,2", "num-edges": 1}, "edge-delays: expected at most 1 numbers"),
         ({"max-staleness": -2}, "max-staleness: expected at least 0, or -1 for any, got -2"),
+        ({"watch": "live,tensorbord"}, "watch: expected the empty text or some of live, tensorb"),
         ({"staleness-weight": "linear"}, "staleness-weight: expected one of"),
         ({"fedasync-alpha": 1.5}, "fedasync-alpha: expected a fraction"),
         ({"fedasync-alpha": 0}, "fedasync-alpha: expected a fraction, above 0 to 1, got 0.0"),

@@ -33,6 +33,7 @@ from flwr_cloned_kd import (
     train_edge,
 )
 from tests.examples.test_examples import runner
+from tests.helpers.diary import Diary
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.federation import app, apps, edge_client, plain_loop, small_core
 
@@ -398,14 +399,23 @@ def test_the_run_goes_on_after_an_edge_that_crashed():
         return Message(Error(0, "process died"), reply_to=message)
 
     rows = []
-    core = small_core()
+    core, diary = small_core(), Diary()
     grid = LegacyGrid([crash, corrupt, dead, app()])
-    strategy = run(legacy(core, num_clones=1, on_round=rows.append), grid, rounds=4)
+    options = {"num_clones": 1, "on_round": rows.append, "callbacks": [diary]}
+    strategy = run(legacy(core, **options), grid, rounds=4)
     assert [row["accepted"] for row in rows] == [0, 0, 0, 1]
     assert "MemoryError: out of memory" in rows[0]["cause"]
     assert "fitres.parameters" in rows[1]["cause"]
     assert "process died" in rows[2]["cause"]
     assert strategy.state.version == 1
+    settled = ["refused"] * 3 + ["absorbed"]
+    assert diary.names() == [
+        "started",
+        *[name for end in settled for name in ("asked", "arrived", end)],
+    ]
+    assert diary.of("refused", "absorbed") == rows
+    assert [event.kind for event in diary.of("arrived")] == ["error"] * 3 + ["answer"]
+    assert [event.number for event in diary.of("asked")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

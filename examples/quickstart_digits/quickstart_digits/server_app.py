@@ -6,7 +6,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from flwr_cloned_kd import VARIANTS, ClonedKD
-from flwr_cloned_kd.apps import Report, Settings, build, run_baseline
+from flwr_cloned_kd.apps import Report, Settings, build, check_watch, run_baseline, watchers
 
 app = ServerApp()
 
@@ -15,6 +15,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run cloned KD, and the strategies to compare it with, from the same first core."""
     settings = Settings.read(context.run_config)
+    check_watch(settings)
     core = build.build_core(settings)
     params = core.pretrain()  # Phase 0
     report = Report(settings, core, core.held_out_accuracy(params))
@@ -35,6 +36,7 @@ def main(grid: Grid, context: Context) -> None:
             send=variant.init(core),
             wire_dtype=settings.wire_dtype,
             on_round=partial(report.add, name),
+            callbacks=watchers(settings, report.folder, name),
         )
         num_rounds = settings.num_rounds or settings.num_edges
         strategy.start(grid, ArrayRecord(params), num_rounds=num_rounds, timeout=settings.timeout)
