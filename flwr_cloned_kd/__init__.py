@@ -76,6 +76,7 @@ from .method.knowledge import (
 from .method.presets import PRESETS, practical, unselective
 from .method.state import CoreState
 from .method.variants import VARIANTS, Variant, cloned
+from .reading.runs import LoadedRun, load_run, load_runs
 from .virtual.durations import Constant, Draw, Exponential, LogNormal, Trace
 from .virtual.grid import VirtualGrid
 
@@ -112,6 +113,7 @@ __all__ = [
     "LegacyClonedKD",
     "Limit",
     "LiveView",
+    "LoadedRun",
     "LocalDpClones",
     "LogNormal",
     "MlflowLogger",
@@ -162,6 +164,8 @@ __all__ = [
     "load_digits",
     "load_huggingface",
     "load_npz",
+    "load_run",
+    "load_runs",
     "loss_rise",
     "member",
     "movement",

@@ -1,4 +1,7 @@
-"""Show what is installed, on which devices it can run, and which commands there are."""
+"""Show what is installed, on which devices it can run, and which commands there are.
+
+The command `report` compares the results folders of runs.
+"""
 
 import argparse
 import ast
@@ -10,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .apps.machine import capability, versions
+from .reading.command import add_arguments, report
 
 EXTRAS = {
     "simulation": ("ray", "psutil"),
@@ -20,9 +24,11 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
+    "report": ("plotly", "jinja2"),
 }
 """Extras of the package, and the modules that come with each."""
 COMMANDS = {
+    "python -m flwr_cloned_kd report RUN...": "compare results folders: a table, and an HTML page",
     "python -m flwr_cloned_kd.apps config": "the run-config of the example apps, in TOML",
     "python -m flwr_cloned_kd.apps table": "what its keys mean, as a Markdown table",
     "python -m flwr_cloned_kd.paper --help": "the paper's figures, and claims put to the test",
@@ -41,7 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flwr_cloned_kd", description=__doc__, allow_abbrev=False
     )
-    parser.parse_args(arguments)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    text = "compare results folders: a table on the terminal, and one HTML page without a network"
+    add_arguments(commands.add_parser("report", help=text, description=text, allow_abbrev=False))
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "report":
+        return report(parsed)
     print(_section("Versions", versions()))
     print(_section("Extras", {name: _extra(name) for name in EXTRAS}))
     print(_section("Devices", _devices()))

@@ -10,7 +10,7 @@ FLOORS = [
     ("engine",),
     ("data", "method", "io"),
     ("asynchronous",),
-    ("flower", "baselines", "virtual", "loggers"),
+    ("flower", "baselines", "virtual", "loggers", "reading"),
     ("apps", "attacks"),
     ("paper",),
 ]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..asynchronous.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from ..reading.curves import curve
 
 
 class Style(NamedTuple):
@@ -42,13 +43,10 @@ def draw_accuracy(rows: list[dict[str, Any]], first: float, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name in dict.fromkeys(row["strategy"] for row in rows):
-        rounds = [0.0]
-        megabytes = [0.0]
-        accuracies = [first]
-        for row in (row for row in rows if row["strategy"] == name):
-            rounds.append(row["round"])
-            megabytes.append(megabytes[-1] + (row["bytes-down"] + row["bytes-up"]) / 1e6)
-            accuracies.append(row["core-accuracy"] if row["accepted"] else accuracies[-1])
+        points = curve((row for row in rows if row["strategy"] == name), first)
+        accuracies = [point.accuracy for point in points]
+        rounds = [point.round for point in points]
+        megabytes = [point.megabytes for point in points]
         label, colour, marker = style_of(name)
         for axes, x in ((left, rounds), (right, megabytes)):
             axes.plot(x, accuracies, color=colour, marker=marker, label=label, markersize=5)

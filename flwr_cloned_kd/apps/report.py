@@ -1,4 +1,4 @@
-"""The results folder of a run: metrics.jsonl, summary.json and pictures."""
+"""The results folder of a run: its config, rounds, events, summary and pictures."""
 
 import json
 import time
@@ -18,6 +18,8 @@ from ..asynchronous.strategy import AsyncStrategy
 from ..asynchronous.timeline import Event, draw_timeline
 from ..io.checkpoint import write_atomically
 from ..method.core import Core
+from ..reading.events import write_events
+from ..reading.runs import CONFIG, METRICS, SUMMARY
 from .build import plans
 from .machine import hardware, versions
 from .plots import draw_accuracy
@@ -47,6 +49,8 @@ class Report:
         self._started = time.monotonic()
         self._row_ended = self._started
         self.folder = make_folder(settings)
+        start = {"config": self._config(), "first_core_accuracy": first}
+        write_atomically(self.folder / CONFIG, json.dumps(start, indent=2) + "\n")
 
     def add(self, strategy: str, row: dict[str, Any]) -> None:
         """Append one round of a strategy, with its seconds since the round before."""
@@ -54,15 +58,16 @@ class Report:
         row = {"strategy": strategy, **row, "seconds": now - self._row_ended}
         self._row_ended = now
         self.rows.append(row)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def keep(self, name: str, strategy: AsyncStrategy) -> None:
-        """Keep the events of a strategy that has ended, for the picture of its timeline.
+        """Keep the events of a strategy that has ended, on disk and for its picture.
 
         If it resumed from a checkpoint, the rounds before that are put in front of its own.
         """
         self.events[name] = strategy.events
+        write_events(self.folder, name, strategy.events)
         history = strategy.history
         own_rows = [row for row in self.rows if row["strategy"] == name]
         times = [0.0, *(row["time"] for row in history)]
@@ -75,12 +80,12 @@ class Report:
         place = self.rows.index(own_rows[0]) if own_rows else len(self.rows)
         self.rows[place:place] = earlier
         lines = [json.dumps(row) + "\n" for row in self.rows]
-        write_atomically(self.folder / "metrics.jsonl", "".join(lines))
+        write_atomically(self.folder / METRICS, "".join(lines))
 
     def finish(self) -> None:
         """Write the summary and the pictures, and print the tables."""
         text = json.dumps(self.summary(), indent=2) + "\n"
-        write_atomically(self.folder / "summary.json", text)
+        write_atomically(self.folder / SUMMARY, text)
         try:
             draw_accuracy(self.rows, self.first, self.folder / "accuracy.png")
             for name, events in self.events.items():
@@ -110,11 +115,14 @@ class Report:
             },
             "refused": sum(not row["accepted"] for row in self.rows),
             "seed": settings.seed,
-            "config": {key.replace("_", "-"): value for key, value in asdict(settings).items()},
+            "config": self._config(),
             "runtime": plans(settings, self.core),
             "versions": versions(),
             "hardware": hardware(self.core.runtime.target),
         }
+
+    def _config(self) -> dict[str, Any]:
+        return {key.replace("_", "-"): value for key, value in asdict(self.settings).items()}
 
 
 def make_folder(settings: Settings) -> Path:

@@ -5,6 +5,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..reading.curves import curve
 from .plots import style_of
 
 ACCURACY_COLUMNS = {
@@ -97,5 +98,5 @@ def _parts_of_seconds(rows: list[dict[str, Any]]) -> list[str]:
 
 def final_accuracy(rows: list[dict[str, Any]], strategy: str, first: float) -> float:
     """Return the core's accuracy after the last accepted round of a strategy, or else `first`."""
-    accepted = [row for row in rows if row["strategy"] == strategy and row["accepted"]]
-    return float(accepted[-1]["core-accuracy"]) if accepted else first
+    own_rows = (row for row in rows if row["strategy"] == strategy)
+    return curve(own_rows, first)[-1].accuracy

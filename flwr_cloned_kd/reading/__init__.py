@@ -1,0 +1,1 @@
+"""Results folders of runs, read and compared afterwards."""
