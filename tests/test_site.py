@@ -79,6 +79,14 @@ def test_a_diagram_is_put_into_the_page_with_its_description():
     assert "<img" not in page
 
 
+def test_a_picture_that_is_no_diagram_stays_a_picture(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "plot.svg").write_text('<svg viewBox="0 0 1 1"></svg>')
+    html = '<img alt="a plot" src="figures/plot.svg" />'
+    config = SimpleNamespace(docs_dir=str(tmp_path))
+    assert hook("diagrams").on_page_content(html, None, config, None) == html
+
+
 def test_the_diagram_of_the_folders_has_all_folders():
     svg = (DOCS / "figures" / "folders.svg").read_text()
     assert set(re.findall(r'class="mono middle"[^>]*>(\w+)<', svg)) == FLOOR.keys()

@@ -12,13 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-OUTSIDE = (
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "benchmarks/*.md",
-    "examples/*/*.md",
-    "examples/*/*.png",
-)
+OUTSIDE = ("*.md", "benchmarks/*.md", "examples/*/*.md", "examples/*/*.png")
 """Globs of the pages outside docs/, and of their pictures."""
 README = "README.md"
 """The page of the code host; the site has `index.md` in its place."""
@@ -31,7 +25,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for glob in OUTSIDE:
         for path in sorted(root.glob(glob)):
             name = path.relative_to(root).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+            if name != README:
+                files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
