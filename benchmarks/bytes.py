@@ -24,7 +24,8 @@ from flwr_cloned_kd.apps.settings import Settings
 from flwr_cloned_kd.engine.ensemble import Ensemble, StateDict
 from flwr_cloned_kd.io.checkpoint import write_atomically
 from flwr_cloned_kd.io.wire import WIRE_DTYPES, encode_reply
-from flwr_cloned_kd.paper.rounds import RunState, play
+from flwr_cloned_kd.paper.rounds import play
+from flwr_cloned_kd.paper.run_state import RunState
 from flwr_cloned_kd.paper.runs import Run
 
 MEGABYTE = 1e6

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import bytes as benchmark
 from flwr_cloned_kd import CoreState
-from flwr_cloned_kd.paper.rounds import RunState
+from flwr_cloned_kd.paper.run_state import RunState
 
 ACCURACY = {"float32": 0.75, "int8": 0.5}
 

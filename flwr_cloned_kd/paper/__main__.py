@@ -16,7 +16,7 @@ from .. import __version__
 from ..apps.build import load
 from ..apps.settings import CHOICES, Settings
 from ..io.checkpoint import write_atomically
-from .figures import FIGURES, choose, draw, full_table
+from .figures import FIGURES, choose, draw, full_table, usual
 from .methods import Plan
 from .overview import draw_overview
 from .page import rewrite
@@ -38,6 +38,7 @@ what determines them: the same command resumes where it was interrupted, and fig
   python -m flwr_cloned_kd.paper fig5 --dataset npz --data-path cifar100.npz --seeds 2 \\
       --schedule short --rows CPP IPP CEM practical      # hours on a CPU
   python -m flwr_cloned_kd.paper skew --out docs/results/digits
+  python -m flwr_cloned_kd.paper attacks --rows "*/Krum" "*/median" "omitted/none"
   python -m flwr_cloned_kd.paper overview --results docs/results --out docs/figures
   python -m flwr_cloned_kd.paper page --results docs/results --page docs/results.md
 """
@@ -86,7 +87,9 @@ def make_plans(base: Settings, options: argparse.Namespace) -> dict[str, Plan]:
     if options.stored:
         folder = options.out / "runs"
         return {name: finished(name, plan, folder) for name, plan in plans.items()}
-    return plans
+    if options.rows:
+        return plans
+    return {name: usual(name, plan) for name, plan in plans.items()}
 
 
 def base_settings(options: argparse.Namespace) -> Settings:
@@ -237,7 +240,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="ROW",
-        help="only these rows of a figure, by their names in its JSON",
+        help='only these rows of a figure, by their names in its JSON; "*" stands for any text, '
+        'and "*" alone for all rows, also those of attacks that are not played by default',
     )
     add(
         "--splits",

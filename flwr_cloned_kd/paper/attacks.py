@@ -1,23 +1,16 @@
-"""Bad edges in two rounds: every attack against every guard, and false alarms on honest edges."""
+"""The rows of the study of bad edges: attacks, defences, and honest edges without an attack."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
-from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..apps.settings import Settings
+from .combining import FLOWER
 from .fig8 import noisy_edges
-from .methods import METHODS, OURS, UNSELECTIVE, Changes, Plan, over_seeds
-from .rounds import Record
+from .methods import FEDAVG_2, METHODS, OURS, UNSELECTIVE, Changes, Plan, over_seeds
 from .skew import SPLITS
-from .statistics import Results, Summary, core_accuracy, final, spread
-from .style import blank_figure
-from .tables import NONE, SEEDS, Table, spread_cell
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "labels shuffled": (1.0, 0.5),
@@ -41,8 +34,36 @@ REVISITS: dict[str, tuple[float, ...]] = {
 }
 """Attacks that need a second visit -> their strengths."""
 
-GUARDS: dict[str, Changes] = {"none": {}, "jump": {"guard": "jump"}, "drop": {"guard": "drop"}}
-"""Name of a guard -> what differs from the base settings. A guard is a column of the tables."""
+UNGUARDED = "none"
+DEFAULT_GUARD = "validation"
+"""The guard that docs/robustness.md recommends; it is compared with the row `omitted`."""
+
+GUARDS: dict[str, Changes] = {
+    UNGUARDED: {},
+    "jump": {"guard": "jump"},
+    "drop": {"guard": "drop"},
+    "validation": {"guard": "validation", "guard_threshold": 0.01},
+    "held back": {"guard": "validation", "guard_threshold": 0.01, "validation_share": 0.2},
+    "gap": {"guard": "gap", "guard_threshold": 0.01},
+    "trust": {"trust": "relative-accuracy"},
+}
+"""Name of a guard -> what differs from the base settings. "held back" is the guard "validation"
+with a fifth of the core's data held back for it; "trust" weighs edges instead of refusing them."""
+
+OTHER_DEFENCES: dict[str, Changes] = {
+    "clipping": {"clip": True},
+    "FLTrust": {"variant": "CPP", "combine": "FLTrust"},
+    "FedAvg": FEDAVG_2,
+    **{rule: FEDAVG_2 | {"combine": rule} for rule in FLOWER},
+}
+"""Name of another defence -> what differs from the base settings.
+
+Two rounds of FedAvg with nine edges send as many models as nine rounds of our method with one edge
+and three clones: 36. FLTrust sends 18, because it asks each edge once and for one model.
+"""
+
+DEFENCES = GUARDS | OTHER_DEFENCES
+"""Name of a defence -> what differs from the base settings. A defence is a column of the tables."""
 
 HONEST = "clean"
 OMITTED = "omitted"
@@ -60,7 +81,7 @@ class Row(NamedTuple):
 
     Args:
         attack: one of `attacks.ATTACKS`, `HONEST` or `OMITTED`.
-        guard: one of `GUARDS`.
+        defence: one of `DEFENCES`.
         strength: of the attack; None for an attack without one.
         split: one of `HONEST_SPLITS`.
         num_visits: number of visits of every edge.
@@ -69,7 +90,7 @@ class Row(NamedTuple):
     """
 
     attack: str
-    guard: str = "none"
+    defence: str = UNGUARDED
     strength: float | None = None
     split: str = "IID"
     num_visits: int = 1
@@ -92,40 +113,68 @@ class Row(NamedTuple):
     def name(self) -> str:
         """The name of the row in the JSON file."""
         split = "" if self.split == "IID" else f"/{self.split}"
-        return f"{self.edges}/{self.guard}{split}"
+        return f"{self.edges}/{self.defence}{split}"
 
     @property
     def reference(self) -> str:
         """The name of the row in which the bad edges are omitted."""
         return Row(OMITTED, num_visits=self.num_visits, preset=self.preset).name
 
+    @property
+    def usual(self) -> bool:
+        """Whether the command plays the row unless its user names rows.
+
+        These rows answer whether the default guard is as good as omitting the bad edges, and how
+        often it refuses honest ones.
+        """
+        return self.preset == OURS and self.defence in (UNGUARDED, DEFAULT_GUARD)
+
+    @property
+    def one_edge_a_round(self) -> bool:
+        """Whether a round has one edge, which can be refused."""
+        return "edges_per_round" not in DEFENCES[self.defence]
+
 
 def _rows(
     strengths: dict[str, tuple[float, ...]], *, num_visits: int = 1, preset: str = OURS
 ) -> list[Row]:
-    """Return the rows of some attacks, and before them their references on even data."""
+    """Return the rows of some attacks, and before them their references on even data.
+
+    The guards have rows of every strength, the other defences have rows of the first one.
+    """
+    others = OTHER_DEFENCES if preset == OURS else {}
     return [
-        *(Row(HONEST, guard, num_visits=num_visits, preset=preset) for guard in GUARDS),
+        *_each_defence(Row(HONEST, num_visits=num_visits, preset=preset), [*GUARDS, *others]),
         Row(OMITTED, num_visits=num_visits, preset=preset),
         *(
-            Row(
-                attack,
-                guard,
-                strength or None,
-                num_visits=num_visits,
-                preset=preset,
-                main=strength == strengths[attack][0],
-            )
+            row
             for attack in strengths
-            for strength, guard in product(strengths[attack], GUARDS)
+            for strength in strengths[attack]
+            for row in _each_defence(
+                Row(
+                    attack,
+                    strength=strength or None,
+                    num_visits=num_visits,
+                    preset=preset,
+                    main=strength == strengths[attack][0],
+                ),
+                [*GUARDS, *(others if strength == strengths[attack][0] else ())],
+            )
         ),
     ]
+
+
+def _each_defence(row: Row, defences: Iterable[str]) -> list[Row]:
+    return [row._replace(defence=defence) for defence in defences]
 
 
 ROWS = {
     row.name: row
     for row in (
-        *(Row(HONEST, guard, split=split) for split, guard in product(HONEST_SPLITS, GUARDS)),
+        *(
+            Row(HONEST, defence, split=split)
+            for split, defence in product(HONEST_SPLITS, (*GUARDS, "clipping", "FLTrust"))
+        ),
         *_rows(STRENGTHS),
         *_rows(REVISITS, num_visits=2),
         *_rows(
@@ -134,6 +183,11 @@ ROWS = {
         ),
     )
 }
+
+
+def is_usual(name: str) -> bool:
+    """Return whether the row of this name is played unless rows are named."""
+    return ROWS[name].usual
 
 
 def plan(base: Settings, seeds: int, lesser: int) -> Plan:
@@ -151,207 +205,12 @@ def plan(base: Settings, seeds: int, lesser: int) -> Plan:
 
 
 def _changes(row: Row, base: Settings) -> Changes:
-    changes = {**PRESETS[row.preset], **GUARDS[row.guard], **HONEST_SPLITS[row.split]}
+    changes = {**PRESETS[row.preset], **DEFENCES[row.defence], **HONEST_SPLITS[row.split]}
     if row.num_visits > 1:
-        changes["num_rounds"] = row.num_visits * base.num_edges
+        changes["num_rounds"] = row.num_visits * changes.get("num_rounds", base.num_edges)
     if row.attack == HONEST:
         return changes
     changes["bad_edges"] = tuple(noisy_edges(base))
     if row.attack == OMITTED:  # A free rider costs the least time.
         return changes | {"attack": "free rider", "oracle": True}
     return changes | {"attack": row.attack, "strength": row.strength or 0.0}
-
-
-def reduce(results: Results) -> Summary:
-    """Sum up the last core, the core right after a bad edge, and what the guard refused."""
-    return {name: _reduce_row(ROWS[name], results) for name in results}
-
-
-def _reduce_row(row: Row, results: Results) -> Summary:
-    runs = results[row.name]
-    summary: Summary = {
-        "attack": row.attack,
-        "edges": row.edges,
-        "guard": row.guard,
-        "split": row.split,
-        "final": final(runs),
-        "honest refused": spread([_share_refused(records, bad=False) for records in runs]),
-    }
-    if row.reference in results and row.attack not in (HONEST, OMITTED):
-        pairs = zip(runs, results[row.reference])
-        summary["minus omitted"] = spread(
-            [core_accuracy(one[-1]) - core_accuracy(other[-1]) for one, other in pairs]
-        )
-    if row.attack != HONEST:
-        summary["right after"] = spread([min(_after_bad(records)) for records in runs])
-        summary["bad refused"] = spread([_share_refused(records, bad=True) for records in runs])
-        summary["precision"] = _precision(runs)
-        summary["backdoor"] = spread([records[-1]["backdoor"] for records in runs])
-    return summary
-
-
-def is_bad(record: Record) -> bool:
-    """Return whether a bad edge attacked in the round of a record."""
-    return bool(record.get("bad", 0.0))
-
-
-def _after_bad(records: list[Record]) -> list[float]:
-    return [core_accuracy(record) for record in records if is_bad(record)]
-
-
-def _share_refused(records: list[Record], *, bad: bool) -> float:
-    return fmean(1 - record["accepted"] for record in records[1:] if is_bad(record) == bad)
-
-
-def _precision(runs: list[list[Record]]) -> float | None:
-    """Return the share of bad edges among those refused in all runs; None if none was refused."""
-    refused = [record for records in runs for record in records[1:] if not record["accepted"]]
-    return fmean(is_bad(record) for record in refused) if refused else None
-
-
-def table(result: Summary) -> tuple[list[str], list[list[str]]]:
-    """Show every row: the cores, what the guard refused, and the backdoor."""
-    headings = [
-        "bad edges",
-        "guard",
-        "last core",
-        "minus omitted",
-        "right after",
-        "bad refused",
-        "honest refused",
-        "precision",
-        "backdoor",
-        SEEDS,
-    ]
-    lines = [_line(row) for row in result.values() if row["split"] == "IID"]
-    return headings, lines
-
-
-def _line(row: Summary) -> list[str]:
-    precision = row.get("precision")
-    return [
-        row["edges"],
-        row["guard"],
-        spread_cell(row["final"]),
-        spread_cell(row["minus omitted"], "+") if "minus omitted" in row else NONE,
-        *(
-            f"{row[score]['mean']:.2f}" if score in row else NONE
-            for score in ("right after", "bad refused", "honest refused")
-        ),
-        NONE if precision is None else f"{precision:.2f}",
-        f"{row['backdoor']['mean']:.2f}" if "backdoor" in row else NONE,
-        str(row["final"]["n"]),
-    ]
-
-
-def score_table(score: str, form: str) -> Table:
-    """Make a table of one score: a line for each attack, a column for each guard.
-
-    Args:
-        score: an entry in the summary of a row, a number or a spread.
-        form: Python's format of the number or of the mean.
-    """
-
-    def show(result: Summary) -> tuple[list[str], list[list[str]]]:
-        rows = [row for row in result.values() if row["attack"] not in (HONEST, OMITTED)]
-        guards = _guards(rows)
-        cells = [
-            [edges, *(NONE if value is None else format(value, form) for value in line)]
-            for edges, line in _grid(rows, guards, "edges", score).items()
-        ]
-        return ["bad edges", *(f"guard: {guard}" for guard in guards)], cells
-
-    return show
-
-
-def false_alarm_table(result: Summary) -> tuple[list[str], list[list[str]]]:
-    """Show the share of honest edges that each guard refuses, without a bad edge."""
-    rows = _honest(result)
-    guards = [guard for guard in _guards(rows) if guard != "none"]
-    lines = [
-        [split, *(NONE if value is None else f"{value:.2f}" for value in line)]
-        for split, line in _grid(rows, guards, "split", "honest refused").items()
-    ]
-    return ["split", *(f"guard: {guard}" for guard in guards)], lines
-
-
-def _honest(result: Summary) -> list[Summary]:
-    """Return the rows of honest edges, one visit each, with the preset `practical`."""
-    return [row for row in result.values() if row["edges"] == HONEST]
-
-
-def _guards(rows: list[Summary]) -> list[str]:
-    return [guard for guard in GUARDS if any(row["guard"] == guard for row in rows)]
-
-
-def _grid(
-    rows: list[Summary], guards: list[str], line: str, score: str
-) -> dict[str, list[float | None]]:
-    """Arrange one score by the entry `line` of the rows and by guard; None where there is none."""
-    values = {(row[line], row["guard"]): _number(row.get(score)) for row in rows}
-    return {
-        name: [values.get((name, guard)) for guard in guards]
-        for name in dict.fromkeys(row[line] for row in rows)
-    }
-
-
-def _number(value: Summary | float | None) -> float | None:
-    return value["mean"] if isinstance(value, dict) else value
-
-
-TABLES: dict[str, Table] = {
-    "all": table,
-    "final": score_table("minus omitted", "+.3f"),
-    "right after": score_table("right after", ".3f"),
-    "recall": score_table("bad refused", ".2f"),
-    "precision": score_table("precision", ".2f"),
-    "backdoor": score_table("backdoor", ".2f"),
-    "false alarms": false_alarm_table,
-}
-
-PANELS = {
-    "minus omitted": ("last core, minus omitted", "RdBu", (-0.1, 0.1), "+.3f"),
-    "right after": ("core right after", "viridis", (0.0, 1.0), ".2f"),
-    "backdoor": ("triggered, class 0", "viridis_r", (0.0, 1.0), ".2f"),
-    "bad refused": ("bad edges refused", "viridis", (0.0, 1.0), ".2f"),
-    "precision": ("refused that are bad", "viridis", (0.0, 1.0), ".2f"),
-    "honest refused": ("honest edges refused", "viridis_r", (0.0, 1.0), ".2f"),
-}
-"""Score -> the title of its panel, its colours, the values at their ends, and Python's format."""
-
-
-def draw(result: Summary) -> Figure:
-    """Draw a heatmap of every score: a line for each attack, a column for each guard.
-
-    The last panel is about runs without a bad edge and has a line for each split.
-    """
-    bad = [row for row in result.values() if row["attack"] not in (HONEST, OMITTED)]
-    num_lines = len({row["edges"] for row in bad})
-    figure = blank_figure(max(3.0, 1.6 + 0.28 * num_lines), 15.0)
-    panels = figure.subplots(1, len(PANELS))
-    for axes, score in zip(panels[:-1], PANELS):
-        _draw_panel(axes, bad, "edges", score)
-        axes.tick_params(labelleft=axes is panels[0])
-    _draw_panel(panels[-1], _honest(result), "split", "honest refused")
-    return figure
-
-
-def _draw_panel(axes: Axes, rows: list[Summary], line: str, score: str) -> None:
-    title, colours, (lowest, highest), form = PANELS[score]
-    guards = _guards(rows)
-    grid = _grid(rows, guards, line, score)
-    axes.set_title(title, fontsize=9)
-    if not grid:
-        axes.set_axis_off()
-        return
-    numbers = [[float("nan") if value is None else value for value in row] for row in grid.values()]
-    axes.imshow(numbers, cmap=colours, vmin=lowest, vmax=highest, aspect="auto")
-    for y, row in enumerate(grid.values()):
-        for x, value in enumerate(row):
-            if value is not None:
-                box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
-                text = format(value, form)
-                axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=box)
-    axes.set_xticks(range(len(guards)), guards, fontsize=8)
-    axes.set_yticks(range(len(grid)), list(grid), fontsize=7)
-    axes.set_xlabel("guard")

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..apps.settings import Settings
-from . import attacks, controls, fig4, fig5, fig6, fig7, fig8, fig9, skew
+from . import (
+    attack_scores,
+    attack_tables,
+    attacks,
+    controls,
+    fig4,
+    fig5,
+    fig6,
+    fig7,
+    fig8,
+    fig9,
+    skew,
+)
 from .methods import Plan
 from .statistics import Results, Summary
 from .style import DOTS_PER_INCH
@@ -27,6 +40,7 @@ class Figure(NamedTuple):
         tables: their names and how they are made of the result; the first table first.
         draw: makes a picture of the result; raises ImportError if Matplotlib is not installed.
         apart: whether some rows can be read without the others.
+        is_usual: whether the row of a name is played unless rows are named.
     """
 
     title: str
@@ -35,6 +49,7 @@ class Figure(NamedTuple):
     tables: dict[str, Table]
     draw: Callable[[Summary], Picture]
     apart: bool = True
+    is_usual: Callable[[str], bool] = lambda name: True
 
 
 FIGURES = {
@@ -99,9 +114,10 @@ FIGURES = {
     "attacks": Figure(
         title="Bad edges and guards",
         plan=attacks.plan,
-        reduce=attacks.reduce,
-        tables=attacks.TABLES,
-        draw=attacks.draw,
+        reduce=attack_scores.reduce,
+        tables=attack_tables.TABLES,
+        draw=attack_tables.draw,
+        is_usual=attacks.is_usual,
     ),
 }
 
@@ -109,10 +125,16 @@ FIGURES = {
 def choose(name: str, plan: Plan, rows: Sequence[str], splits: Sequence[str] = ()) -> Plan:
     """Keep the named rows of a figure's plan; an empty list keeps all rows.
 
-    A row of `skew` is named by its method, and `splits` keeps the rows of some splits.
+    Args:
+        name: of the figure.
+        plan: all rows.
+        rows: their names, or patterns of names such as "noise*". A row of `skew` is named by its
+            method.
+        splits: keeps the rows of some splits of `skew`; an empty list keeps all.
 
     Raises:
-        ValueError: for an unknown row, or for a figure whose rows are read together.
+        ValueError: for a name or a pattern without a row, or for a figure whose rows are read
+            together.
     """
     if rows and not FIGURES[name].apart:
         raise ValueError(f"--rows: {name} needs all its rows")
@@ -121,13 +143,19 @@ def choose(name: str, plan: Plan, rows: Sequence[str], splits: Sequence[str] = (
     else:
         named = {row: (row, "") for row in plan}
     known = dict.fromkeys(method for method, _ in named.values())
-    if unknown := [row for row in rows if row not in known]:
+    if unknown := [row for row in rows if not any(fnmatchcase(method, row) for method in known)]:
         raise ValueError(f"--rows: expected some of {'; '.join(known)}; got {unknown[0]!r}")
     return {
         row: plan[row]
         for row, (method, split) in named.items()
-        if (not rows or method in rows) and (not splits or split in ("", *splits))
+        if (not rows or any(fnmatchcase(method, pattern) for pattern in rows))
+        and (not splits or split in ("", *splits))
     }
+
+
+def usual(name: str, plan: Plan) -> Plan:
+    """Keep the rows of a figure's plan that are played unless rows are named."""
+    return {row: runs for row, runs in plan.items() if FIGURES[name].is_usual(row)}
 
 
 def full_table(data: Summary) -> str:

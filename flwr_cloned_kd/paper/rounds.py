@@ -1,101 +1,49 @@
 """The rounds of a run, played with the plain loop, without Flower."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..apps.build import build_core, edge_recipe, load, split
+from ..apps.build import build_core, edge_recipe, load, recipe, split
 from ..apps.machine import hardware
 from ..attacks.data import Backdoor
 from ..attacks.models import Visit, attack_model
 from ..attacks.suite import ATTACKS, Attack
 from ..baselines.averaging import mix as mix_models
 from ..data.datasets import take
-from ..engine.ensemble import Ensemble, StateDict, clone, size
+from ..engine.ensemble import Ensemble, StateDict, clone, mean, member, size
 from ..engine.fit import accuracy, predict
 from ..engine.inputs import Dataset
 from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
-from ..method.core import Core, edge_seed, train_edge
+from ..method.core import Core, EdgeResult, edge_seed, train_edge
 from ..method.evidence import Evidence
+from ..method.guards import (
+    Guard,
+    Score,
+    class_drop,
+    disagreement,
+    drop_confidence,
+    edge_drop,
+    ensemble_gap,
+    loss_rise,
+    movement,
+    train_accuracy_drop,
+    train_accuracy_jump,
+    validation_drop,
+)
 from ..method.state import CoreState
 from ..method.variants import VARIANTS, Send, independent
+from .combining import FLOWER, clip_to_median, flower_aggregate, fltrust, weighted_mean
+from .run_state import RunState
 from .runs import Run, with_functions
 
 Record = dict[str, Any]
 """What one round did, ready for JSON; round 0 is Phase 0. Accuracies are fractions, 0 to 1."""
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Everything that the next round of a run needs.
-
-    Args:
-        server_round: number of rounds played.
-        core: the core's progress.
-        past: the core models after the latest rounds, newest last, as far back as an edge of the
-            run may be late.
-        right: `[N]`, whether the first edge's ensemble classifies each held-out sample correctly;
-            empty before the first round.
-        visits: bad edge -> its latest visit.
-    """
-
-    server_round: int
-    core: CoreState
-    past: tuple[StateDict, ...]
-    right: Tensor
-    visits: dict[int, Visit] = field(default_factory=dict)
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return this state as named tensors and a header that JSON can hold."""
-        tensors, header = self.core.state_dict()
-        for index, params in enumerate(self.past):
-            tensors |= {f"past-{index}/{name}": tensor for name, tensor in params.items()}
-        for edge, visit in self.visits.items():
-            tensors |= {f"sent-{edge}/{name}": tensor for name, tensor in visit.sent.items()}
-            tensors |= {f"edge-{edge}/{name}": tensor for name, tensor in visit.edge.items()}
-        return tensors | {"right": self.right}, {
-            **header,
-            "server_round": self.server_round,
-            "past": len(self.past),
-            "visits": {str(edge): visit.number for edge, visit in self.visits.items()},
-        }
-
-    @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
-        """Make the state that `state_dict` returned.
-
-        Raises:
-            ValueError, KeyError: if a tensor or an entry of the header is missing.
-        """
-        model = _with_prefix("core/", tensors)
-        past = range(header["past"])
-        return cls(
-            server_round=header["server_round"],
-            core=CoreState.from_state_dict(tensors, header, like=model),
-            past=tuple(_with_prefix(f"past-{index}/", tensors) for index in past),
-            right=tensors["right"],
-            visits={
-                int(edge): Visit(
-                    number,
-                    _with_prefix(f"sent-{edge}/", tensors),
-                    _with_prefix(f"edge-{edge}/", tensors),
-                )
-                for edge, number in header.get("visits", {}).items()
-            },
-        )
-
-
-def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> StateDict:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 class _Setup(NamedTuple):
@@ -202,23 +150,31 @@ def _play_round(run: Run, setup: _Setup, before: RunState) -> tuple[Record, RunS
     # Only what private edges get and return travels.
     sent = received(origin, run.wire_dtype) if run.edge_data == "private" else origin
     trained = _train_edges(run, setup, sent, edges, server_round, before.visits)
-    if run.combine == "average":
-        state, metrics = _average(run, setup, before.core, trained)
+    lengths = before.lengths
+    if run.combine == "distill":
+        ensemble = trained.ensemble
+        if run.clip:
+            ensemble, lengths = clip_to_median(sent, ensemble, lengths)
+        earlier = [metrics for metrics in before.metrics if metrics["edges"] == edges]
+        result = EdgeResult(ensemble, sent, run.kd_weight, earlier=earlier)
+        state, metrics = _distill(run, setup.core, before.core, result, edges)
     else:
-        state, metrics = _distill(run, setup.core, before.core, trained.ensemble, sent, edges)
+        state, metrics = _aggregate(run, setup, before.core, trained, sent)
+    metrics["edges"] = edges
+    all_metrics = (*before.metrics, metrics.copy())
+    if "core-accuracy" in metrics:  # It is absent if a guard refused the edge before Phase 2.
+        metrics["tried-accuracy"] = metrics["core-accuracy"]
     scores, right = _measure(setup, before, state.params, trained)
     record = {
         **metrics,
-        "edges": edges,
         "late": late,
-        "tried-accuracy": metrics["core-accuracy"],
         **scores,
-        **_cost(run, setup.core, trained),
+        **_cost(run, setup.core, trained, distilled="train-accuracy" in metrics),
         **_attack_scores(run, setup, state.params, edges),
     }
     latest = max((late for _, late in run.order), default=0)
     past = (*before.past, state.params)[-1 - latest :]
-    return record, RunState(server_round, state, past, right, trained.visits)
+    return record, RunState(server_round, state, past, right, trained.visits, lengths, all_metrics)
 
 
 def _train_edges(
@@ -288,6 +244,36 @@ def _attack(run: Run, setup: _Setup, edge: int, dataset: Dataset) -> Attack:
     return ATTACKS[run.attack](run.strength, copy, int(setup.train[1].max()) + 1)
 
 
+SCORES: dict[str, Score] = {
+    score.__name__: score
+    for score in (
+        validation_drop,
+        edge_drop,
+        drop_confidence,
+        class_drop,
+        loss_rise,
+        ensemble_gap,
+        disagreement,
+        movement,
+        train_accuracy_drop,
+        train_accuracy_jump,
+    )
+}
+"""The scores that the record of a round without a guard holds, by their names."""
+
+
+def _watch(scores: dict[str, float]) -> Guard:
+    """Return a guard that accepts every edge, and writes its scores into a dict."""
+
+    def watch(evidence: Evidence) -> None:
+        for name, score in SCORES.items():
+            value = score(evidence)
+            if value is not None:
+                scores[name] = value
+
+    return watch
+
+
 def _after_training(evidence: Evidence) -> str | None:
     """Refuse every edge, but only after the distillation, whose metrics the records hold."""
     return None if evidence.after is None else "an oracle refuses bad edges"
@@ -297,58 +283,80 @@ def _distill(
     run: Run,
     core: Core,
     state: CoreState,
-    ensemble: Ensemble,
-    sent: StateDict,
+    result: EdgeResult,
     edges: list[int],
-) -> tuple[CoreState, dict[str, float]]:
-    """Run Phase 2; an oracle refuses the round of a noisy or bad edge."""
+) -> tuple[CoreState, dict[str, Any]]:
+    """Run Phase 2; an oracle refuses the round of a noisy or bad edge.
+
+    A core without a guard measures the scores of each edge instead. As in `ClonedKD`, an attack
+    that leads to predictions or weights that are not finite is refused.
+    """
     bad = {*run.settings.noisy, *map(str, run.bad_edges)}
+    scores: dict[str, float] = {}
     if run.oracle and any(str(edge) in bad for edge in edges):
         core = replace(core, guard=_after_training)
-    return core.distill(state, ensemble, sent=sent, weight=run.kd_weight)
+    elif core.guard is None:
+        core = replace(core, guard=_watch(scores))
+    try:
+        state, (metrics,) = core.distill_all(state, [result])
+    except ValueError as error:
+        if not run.attack:
+            raise
+        return state, {"accepted": 0.0, "cause": str(error)}
+    return state, metrics | ({"scores": scores} if scores else {})
 
 
-def _average(
-    run: Run, setup: _Setup, state: CoreState, trained: _Trained
-) -> tuple[CoreState, dict[str, float]]:
-    """Move the core to the clones' mean, weighted by images, or by `run.mix` of the way."""
+def _aggregate(
+    run: Run, setup: _Setup, state: CoreState, trained: _Trained, sent: StateDict
+) -> tuple[CoreState, dict[str, Any]]:
+    """Make the next core of the clones by the rule of a run, without Phase 2."""
     core = setup.core
+    trust = 1.0
+    if run.combine == "FLTrust":
+        seed = fold_in(core.seed, "FLTrust", state.version)
+        params, trust = fltrust(
+            core.model, sent, _server_trained(run, core, sent, seed), mean(trained.ensemble)
+        )
+    elif run.combine == "average":
+        params = _average(run, state, trained)
+    else:
+        strategy = FLOWER[run.combine](run.edges_per_round)
+        params = flower_aggregate(strategy, trained.ensemble, trained.num_images)
     inputs, labels = setup.held_out
-    clones_per_edge = size(trained.ensemble) // len(trained.num_images)
-    weights = [images for images in trained.num_images for _ in range(clones_per_edge)]
-    params = weighted_mean(trained.ensemble, weights)
-    if run.mix < 1:
-        params = mix_models(state.params, params, run.mix)
     train_accuracy = core.train_accuracy(params)
     logits = predict(core.model, trained.ensemble, inputs, runtime=core.runtime)
     metrics = {
-        "accepted": 1.0,
+        "accepted": float(trust > 0),
         "train-accuracy": train_accuracy,
         "core-accuracy": core.held_out_accuracy(params) or 0.0,
         "edge-accuracy": float(accuracy(logits, labels).mean()),
     }
+    if run.combine == "FLTrust":
+        metrics["trust"] = trust
     history = (*state.train_accuracy, train_accuracy)
     return CoreState(params, (), state.version + 1, history), metrics
 
 
-def weighted_mean(ensemble: Ensemble, weights: list[int]) -> StateDict:
-    """Average clones `[E, ...]` by weight (McMahan et al. 2017).
+def _average(run: Run, state: CoreState, trained: _Trained) -> StateDict:
+    """Move the core to the clones' mean, weighted by images, or by `run.mix` of the way."""
+    clones_per_edge = size(trained.ensemble) // len(trained.num_images)
+    weights = [images for images in trained.num_images for _ in range(clones_per_edge)]
+    params = weighted_mean(trained.ensemble, weights)
+    return params if run.mix == 1 else mix_models(state.params, params, run.mix)
 
-    Flower's FedAvg computes the same average, but its `aggregate_train` needs Flower's messages,
-    turns counters into float64, and adds in another order, which moves the last bit of float32: the
-    records on disk would no longer be those that a run plays today.
 
-    Args:
-        ensemble: the clones; integer tensors, which count, are taken from the first clone.
-        weights: of each clone, for example the number of its edge's images.
-    """
-    shares = torch.tensor(weights, dtype=torch.float32) / sum(weights)
-    return {
-        name: torch.einsum("e,e...->...", shares, tensor)
-        if tensor.is_floating_point()
-        else tensor[0]
-        for name, tensor in ensemble.items()
-    }
+def _server_trained(run: Run, core: Core, sent: StateDict, seed: int) -> StateDict:
+    """Train the model that an edge was sent on the core data, as an honest edge trains."""
+    trained = train_edge(
+        core.model,
+        sent,
+        core.dataset,
+        recipe(run.settings, run.settings.edge_epochs),
+        num_clones=1,
+        seed=seed,
+        runtime=core.runtime,
+    )
+    return member(trained, 0)
 
 
 def _measure(
@@ -403,11 +411,13 @@ def _attack_scores(
     }
 
 
-def _cost(run: Run, core: Core, trained: _Trained) -> dict[str, int]:
+def _cost(run: Run, core: Core, trained: _Trained, *, distilled: bool) -> dict[str, int]:
     """Return the bytes exchanged in a round and the images trained on."""
     images = 0
     if run.edge_data != "none":
         images += sum(trained.num_images) * run.num_clones * run.settings.edge_epochs
-    if run.combine == "distill":
+    if run.combine == "distill" and distilled:
         images += len(core.dataset[1]) * run.settings.distill_epochs
+    if run.combine == "FLTrust":
+        images += len(core.dataset[1]) * run.settings.edge_epochs
     return {"bytes-down": trained.bytes_down, "bytes-up": trained.bytes_up, "images": images}

@@ -8,8 +8,9 @@ from ..apps.settings import Settings, affects_result
 from ..attacks.suite import ATTACKS
 from ..io.wire import check_wire_dtype
 from ..method.presets import SELECTIONS, START_RULES
+from .combining import COMBINE
 
-NEWER = ("wire_dtype", "attack", "strength", "bad_edges")
+NEWER = ("wire_dtype", "attack", "strength", "bad_edges", "clip")
 NEWER_SETTINGS = ("trust", "validation_share")
 """Options of `Run` and of `Settings` that records from before do not have. Their defaults are left
 out of the key of a run, so that these records keep their keys."""
@@ -23,8 +24,9 @@ class Run:
         settings: data, model, variant, preset, recipes, noise, guard and seed.
         distillation: fields of `Distillation` that differ from the preset's; functions by their
             names in `SELECTIONS` and `START_RULES`.
-        combine: "distill" (Phase 2) or "average" (the clones' mean, weighted by their images; with
-            one edge a round this keeps the clone, with all edges it is FedAvg).
+        combine: "distill" (Phase 2), "average" (the clones' mean, weighted by their images; with
+            one edge a round this keeps the clone, with all edges it is FedAvg), or another rule of
+            `combining.COMBINE`.
         mix: the share of an average in the new core, above 0 to 1: FedAsync's alpha with one edge a
             round, FedBuff's server learning rate with K edges side by side.
         edges_per_round: number of edges side by side; their clones make one ensemble.
@@ -41,6 +43,7 @@ class Run:
         attack: what bad edges do, one of `attacks.ATTACKS`; "" is no attack.
         strength: of the attack.
         bad_edges: the edges, from 0, that attack at every visit.
+        clip: clip the movement of each clone before Phase 2, see `combining.clip_to_median`.
     """
 
     settings: Settings
@@ -59,8 +62,11 @@ class Run:
     attack: str = ""
     strength: float = 0.0
     bad_edges: tuple[int, ...] = ()
+    clip: bool = False
 
     def __post_init__(self) -> None:
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {self.combine!r}")
         check_wire_dtype(self.wire_dtype)
         if self.attack not in ("", *ATTACKS):
             raise ValueError(f"attack: expected one of {', '.join(ATTACKS)}, got {self.attack!r}")

@@ -15,7 +15,8 @@ from .. import __version__
 from ..apps.build import load
 from ..apps.settings import Settings
 from ..io.checkpoint import digest, newest, previous, write, write_atomically
-from .rounds import Record, RunState, play
+from .rounds import Record, play
+from .run_state import RunState
 from .runs import Run, describe
 
 DATA = ("dataset", "data_path", "image_key", "label_key")

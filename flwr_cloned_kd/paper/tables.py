@@ -29,15 +29,15 @@ def markdown(
     """
     headings, lines = table(result)
     naming = [i for i, heading in enumerate(headings) if i == 0 or not heading]
-    names = dict.fromkeys(line[i] for line in lines for i in naming)
+    names = dict.fromkeys(_plain(line[i]) for line in lines for i in naming)
     for row in rows:
         expect("row", row, names)
     for column in columns:
         expect("column", column, headings[1:])
     headings, lines = table(_shown(result, rows, columns))
     if rows:
-        names_of_lines = [{line[i] for i in naming} for line in lines]
-        left = dict.fromkeys(line[i] for line in lines for i in naming)
+        names_of_lines = [{_plain(line[i]) for i in naming} for line in lines]
+        left = dict.fromkeys(name for names in names_of_lines for name in names)
         for row in rows:
             expect(f"row with {'; '.join(columns)}", row, left)
         lines = [line for row in rows for names, line in zip(names_of_lines, lines) if row in names]
@@ -48,6 +48,15 @@ def markdown(
     ]
     cells = [[line[i] for i in kept] for line in (headings, ["---"] * len(headings), *lines)]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def bold(cell: str) -> str:
+    """Write a cell in bold letters. The name of a row stays what it was."""
+    return f"**{cell}**"
+
+
+def _plain(cell: str) -> str:
+    return cell.removeprefix("**").removesuffix("**")
 
 
 def expect(what: str, name: str, known: Collection[str]) -> None:

@@ -184,8 +184,14 @@ def _timeline(bars: Sequence[Span]) -> Figure:
                     name=label,
                     marker={
                         "color": colour,
-                        "pattern": {"shape": HATCHES[hatch], "fgcolor": "white", "size": 6}
-                        | {"fillmode": "overlay"},
+                        # With a line around it, a bar of no length is seen too.
+                        "line": {"color": colour, "width": 1},
+                        "pattern": {
+                            "shape": HATCHES[hatch],
+                            "fgcolor": "white",
+                            "fillmode": "overlay",
+                            "size": 6,
+                        },
                     },
                     hovertemplate="from %{base:.1f} s, for %{x:.1f} s",
                 )

@@ -158,6 +158,7 @@ SOME_CONTROLS = {
     "CPP paper, alpha 1.0",
 }
 SOME_ATTACKS = (
+    "clean/none",
     "clean/drop",
     "clean/none/Dirichlet 0.1",
     "omitted/none",

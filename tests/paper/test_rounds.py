@@ -11,7 +11,9 @@ from flwr_cloned_kd import FedAsync, FedBuff, edge_seed, member, take, train_edg
 from flwr_cloned_kd.apps.build import build_core, load, recipe, split
 from flwr_cloned_kd.io.wire import received, transfer
 from flwr_cloned_kd.paper import rounds
-from flwr_cloned_kd.paper.rounds import RunState, play, weighted_mean
+from flwr_cloned_kd.paper.combining import weighted_mean
+from flwr_cloned_kd.paper.rounds import play
+from flwr_cloned_kd.paper.run_state import RunState
 from flwr_cloned_kd.paper.runs import Run
 from tests.helpers.fake_grid import FakeGrid
 

@@ -36,6 +36,7 @@ HARD_RUNS = {
     "memory": ({"variant": "IPM"}, {}),
     "late": ({}, {"order": ((0, 0), (1, 1), (2, 2))}),
     "refused": ({"noisy_edges": "1"}, {"oracle": True}),
+    "clipped": ({}, {"clip": True}),
     "replay": (
         {"num_rounds": 3},
         {"order": ((0, 0), (1, 0), (0, 0)), "attack": "first answer again", "bad_edges": (0,)},
@@ -196,6 +197,7 @@ def test_options_that_records_from_before_lack_leave_their_keys(tiny):
     run = Run(settings=tiny)
     assert not {*NEWER} & describe(run).keys()
     assert describe(replace(run, wire_dtype="int8")) == describe(run) | {"wire_dtype": "int8"}
+    assert describe(replace(run, clip=True)) == describe(run) | {"clip": True}
     attack = {"attack": "noise", "strength": 3.0, "bad_edges": (1,)}
     assert describe(replace(run, **attack)) == describe(run) | attack
     assert not {*NEWER_SETTINGS} & describe(run)["settings"].keys()
