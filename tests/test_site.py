@@ -64,7 +64,8 @@ def test_public_names_in_a_text_become_links_to_the_api():
     names.on_files(SimpleNamespace(documentation_pages=lambda: [api_page]), CONFIG)
 
     def linked_names(html):
-        return re.findall(r'identifier="([^"]+)"', names.on_page_content(html, None, CONFIG, None))
+        page = page_of("docs/drop_in.md", "drop_in.md")
+        return re.findall(r'identifier="([^"]+)"', names.on_page_content(html, page, CONFIG, None))
 
     assert linked_names("<p><code>Core</code>, <code>Kernel</code></p>") == ["flwr_cloned_kd.Core"]
     assert linked_names("<p><code>Core.distill</code></p>") == ["flwr_cloned_kd.Core.distill"]

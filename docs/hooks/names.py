@@ -12,6 +12,9 @@ CODE = re.compile(r"<(a|b|pre|h\d)\b.*?</\1>|<code>((\w+)(?:\.\w+)?)</code>", re
 ALSO_METRICS = {"accuracy", "distillation", "movement"}
 """Public names that also name a metric or a parameter, so that a link could be wrong."""
 
+INDEX = "api/index.md"
+"""The page that lists all names; there such a name is the public one."""
+
 _paths: dict[str, str] = {}
 """Public name -> its path, `flwr_cloned_kd.Core`."""
 
@@ -25,10 +28,11 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Mark the names; the plugin autorefs then resolves them."""
+    names = _paths.keys() - (() if page.file.src_uri == INDEX else ALSO_METRICS)
 
     def link(match: re.Match[str]) -> str:
         code, path, name = match[0], match[2], match[3]
-        if name not in _paths.keys() - ALSO_METRICS:
+        if name not in names:
             return code
         identifier = _paths[name] + path.removeprefix(name)
         # Not every attribute has a place of its own: `Recipe.epochs` stays without a link.

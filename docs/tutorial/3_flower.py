@@ -75,9 +75,10 @@ strategy = ClonedKD(core, num_clones=3)
 result = strategy.start(grid, ArrayRecord(first), num_rounds=NUM_EDGES)
 
 for row in strategy.history:
+    kilobytes = row["bytes-up"] / 1e3
+    accuracy = row["core-accuracy"]
     print(
-        f"round {row['round']}: edge {row['edge']}, {row['bytes-up'] / 1e3:.0f} kB up, "
-        f"core {row['core-accuracy']:.3f}"
+        f"round {row['round']}: edge {row['edge']}, {kilobytes:.0f} kB, core {accuracy:.3f}"
     )
 
 # %% [markdown]
@@ -94,9 +95,8 @@ for row in strategy.history:
 
 
 def evaluate(server_round, arrays):
-    return MetricRecord(
-        {"accuracy": core.held_out_accuracy(arrays.to_torch_state_dict())}
-    )
+    accuracy = core.held_out_accuracy(arrays.to_torch_state_dict())
+    return MetricRecord({"accuracy": accuracy})
 
 
 fedavg = FedAvg(fraction_evaluate=0.0).start(
@@ -112,16 +112,14 @@ ours = [
     core.held_out_accuracy(first),
     *(row["core-accuracy"] for row in strategy.history),
 ]
-averaged = [
-    metrics["accuracy"] for metrics in fedavg.evaluate_metrics_serverapp.values()
-]
+measured = fedavg.evaluate_metrics_serverapp.values()
+averaged = [metrics["accuracy"] for metrics in measured]
 
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 megabytes = [(up + down) * number / NUM_EDGES for number in range(NUM_EDGES + 1)]
 axes.plot(megabytes, ours, "o-", label="cloned KD, one edge a round")
-megabytes = [
-    2 * down * number for number in range(3)
-]  # each round sends five models each way
+# Each round of FedAvg sends five models each way.
+megabytes = [2 * down * number for number in range(3)]
 axes.plot(megabytes, averaged, "s--", label="FedAvg, five clients a round")
 axes.set(xlabel="megabytes, both directions", ylabel="accuracy on the test images")
 axes.legend()
