@@ -314,6 +314,15 @@ class Settings:
         "absolute path of a file that cloned-kd writes in every round and resumes from",
         "paths",
     )
+    keep_rounds: CountOrZero = setting(
+        0, RUN, "latest accepted answers kept beside the checkpoint, to undo edges", "Flower run"
+    )
+    quarantine: str = setting(
+        "",
+        RUN,
+        "names of edges that cloned-kd undoes and never asks, separated by commas",
+        "Flower run",
+    )
     seed: int = setting(0, RUN, "seed of every draw")
     results: str = setting(
         "", RUN, "absolute path of the folder for results; the empty text is ./results", "paths"
@@ -375,6 +384,8 @@ class Settings:
             self._fail("guard_threshold", f"above 0 and below 1 for the guard {self.guard}")
         if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
             self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
+        if self.keep_rounds and not self.checkpoint:
+            self._fail("keep_rounds", "0 without a checkpoint")
 
     @property
     def strategies(self) -> list[str]:
@@ -390,6 +401,11 @@ class Settings:
     def noisy(self) -> list[str]:
         """The partition ids of noisy edges."""
         return [edge for edge in _split(self.noisy_edges) if edge]
+
+    @property
+    def quarantined(self) -> list[str]:
+        """The names of edges in quarantine; the name of a simulated edge is its partition id."""
+        return [name for name in _split(self.quarantine) if name]
 
     @property
     def delays(self) -> list[float]:

@@ -35,8 +35,12 @@ class SavedRun(NamedTuple):
     """Round -> metrics of the user's evaluation."""
 
 
-def save(path: Path, run: SavedRun) -> None:
-    """Write a run to disk. If the disk is full, the checkpoint is lost and the run continues."""
+def save(path: Path, run: SavedRun) -> bool:
+    """Write a run to disk. If the disk is full, the checkpoint is lost and the run continues.
+
+    Returns:
+        Whether the checkpoint was written.
+    """
     header = {
         "strategy": run.strategy,
         "settings": run.settings,
@@ -50,6 +54,8 @@ def save(path: Path, run: SavedRun) -> None:
         write(path, {**run.tensors, ROUNDS: rows}, header)
     except (OSError, SafetensorError) as error:
         log(WARNING, "No checkpoint after round %d: %s", len(run.history), error)
+        return False
+    return True
 
 
 def load(path: Path) -> SavedRun | None:

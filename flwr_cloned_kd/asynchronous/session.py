@@ -1,7 +1,7 @@
 """The books of a run: which edges are present, what was asked of them, and which edge is next."""
 
 import heapq
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -76,6 +76,8 @@ class Progress(NamedTuple):
     """Edge -> numbers of its requests whose answers were neither absorbed nor refused."""
     visits: Mapping[str, int] = {}
     """Edge -> number of its answers that were absorbed or refused."""
+    quarantined: Sequence[str] = ()
+    """Edges that are never asked again."""
 
 
 @dataclass
@@ -87,10 +89,12 @@ class Session:
     Args:
         revisit: ask an edge again once every other present edge was asked as often.
         max_failures: number of failures in a row after which no edge is asked any more.
+        quarantined: edges that are never asked again.
     """
 
     revisit: bool = False
     max_failures: int = 30
+    quarantined: frozenset[str] = frozenset()
     names: dict[int, str] = field(default_factory=dict)
     """Node id -> edge, for every node that was ever introduced."""
     visits: dict[str, int] = field(default_factory=dict)
@@ -128,6 +132,11 @@ class Session:
         self.visits = dict(before.visits)
         self.num_visits = sum(self.visits.values())
         self._ask_again = {edge: list(numbers) for edge, numbers in before.unsettled.items()}
+        self.quarantined |= frozenset(before.quarantined)
+
+    def quarantine(self, edge: str) -> None:
+        """Record that an edge is never asked again."""
+        self.quarantined |= {edge}
 
     def introduce(self, node_id: int, name: str, online: Iterable[int], now: float = 0.0) -> str:
         """Record the name of a node and return the edge that the node stands for.
@@ -167,6 +176,8 @@ class Session:
         while self._queue:
             visits, _, node = heapq.heappop(self._queue)
             edge = self.names[node]
+            if edge in self.quarantined:
+                continue
             if visits != self.visits.get(edge, 0):
                 self._enqueue(node)
             elif edge in busy:
@@ -249,7 +260,7 @@ class Session:
             unsettled.setdefault(edge, []).append(number)
             settled[edge] -= 1
         visits = {edge: count for edge, count in settled.items() if count}
-        return Progress(self.next_number, unsettled, visits)
+        return Progress(self.next_number, unsettled, visits, tuple(sorted(self.quarantined)))
 
     def expired(self, now: float) -> list[str]:
         """Return the message ids of the requests whose deadline has passed."""

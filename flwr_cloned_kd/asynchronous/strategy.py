@@ -3,7 +3,7 @@
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, TypedDict
@@ -43,6 +43,7 @@ class LoopOptions(TypedDict, total=False):
     on_round: Callable[[dict[str, Any]], None] | None
     callbacks: Iterable[Callback]
     checkpoint: str | Path | None
+    quarantine: Iterable[str]
 
 
 class AsyncStrategy(Strategy):
@@ -74,6 +75,9 @@ class AsyncStrategy(Strategy):
         checkpoint: a file that is written after every round; if it is there at the start, the run
             resumes from it. For strategies with `state_dict` and `load_state_dict`. Flower's own
             loop does not use it.
+        quarantine: names of edges that are never asked, besides those that the checkpoint names.
+            If the model of the checkpoint has learned from one of them, it is undone (`undo`)
+            before the run goes on. The method `quarantine` adds an edge during a run.
 
     Raises:
         ValueError: for a number out of range, for callbacks that are no instances of `Callback`, or
@@ -115,11 +119,14 @@ class AsyncStrategy(Strategy):
         on_round: Callable[[dict[str, Any]], None] | None = None,
         callbacks: Iterable[Callback] = (),
         checkpoint: str | Path | None = None,
+        quarantine: Iterable[str] = (),
     ) -> None:
         check_count("max_in_flight", max_in_flight)
         check_count("max_failures", max_failures)
         if max_staleness is not None:
             check_count("max_staleness", max_staleness, minimum=0)
+        if isinstance(quarantine, str):
+            raise ValueError(f"quarantine: expected a list of names, got {quarantine!r}")
         if checkpoint is not None:
             self._require_state_dict()
         self.max_in_flight = max_in_flight
@@ -131,8 +138,11 @@ class AsyncStrategy(Strategy):
         self.publishing = threading.RLock()
         self.events: list[Event] = []
         self.history: list[dict[str, Any]] = []
+        self._required = frozenset(quarantine)
         self._callbacks = Callbacks(callbacks)
-        self._session = Session(revisit, max_failures)
+        self._session = Session(revisit, max_failures, self._required)
+        self._must_undo = False
+        self._undone_versions: list[int] = []
         self._timeout = 3600.0
         self._now: Callable[[], float] = time.monotonic
         self._started = 0.0
@@ -180,6 +190,37 @@ class AsyncStrategy(Strategy):
             except ValueError as error:
                 outcomes.append(error)
         return outcomes
+
+    def quarantine(self, edge: str) -> None:
+        """Never ask an edge again, refuse its answers, and undo what the model learned from it.
+
+        Any thread may call this method. The edge is undone before the next answer is used, and the
+        checkpoint of that round names it. If it cannot be undone, one warning says why, and the run
+        goes on with the model as it is.
+        """
+        with self.publishing:
+            self._session.quarantine(edge)
+        self._must_undo = True
+
+    @property
+    def quarantined(self) -> frozenset[str]:
+        """The edges that are never asked again."""
+        return self._session.quarantined
+
+    def undo(self, edges: Set[str]) -> Set[int]:
+        """Make the model what it would be if the answers of these edges had been refused.
+
+        Args:
+            edges: names of edges that the model has learned from.
+
+        Returns:
+            The numbers of the requests whose answers the model no longer contains.
+
+        Raises:
+            ValueError: if this is not possible; then nothing has changed.
+        """
+        name = type(self).__name__
+        raise ValueError(f"expected edges that {name} has not learned from, got {sorted(edges)}")
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with the run before it, for JSON."""
@@ -235,7 +276,9 @@ class AsyncStrategy(Strategy):
         log(INFO, "\t├── Number of rounds: %d", num_rounds)
         self.summary()
         self._reset(grid)
-        if not self._resume(result):
+        if self._resume(result):
+            self._undo_quarantined(result)
+        else:
             self.begin(initial_arrays)
             _evaluate(evaluate_fn, 0, initial_arrays, result)
         with self._callbacks.watch(self._run_start(num_rounds)):
@@ -254,17 +297,19 @@ class AsyncStrategy(Strategy):
     ) -> None:
         while len(self.history) < num_rounds:
             answers = courier.next_answers(self.max_together, self._callbacks.catch_up)
+            self._undo_quarantined(result, courier)  # of a thread that did not wait for a round
             if not answers:
                 log(WARNING, "%s: ending the run with what it has", courier.why_it_ended())
                 return
             first_round = len(self.history) + 1
             metrics = self._settle(first_round, answers, courier)
             result.train_metrics_clientapp.update(enumerate(metrics, first_round))
+            self._undo_quarantined(result, courier)
             if evaluate_fn is not None:  # before the next request: both may use one model
                 _evaluate(evaluate_fn, len(self.history), self.arrays, result)
             for answer in answers:
                 courier.settle(answer)
-            self._save(courier, result)
+            self._save(result, courier)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -302,7 +347,9 @@ class AsyncStrategy(Strategy):
         answer = Answer(dispatch, next(iter(replies), None), now)
         self._record(now, answer.kind, dispatch.edge, dispatch.number)
         self._callbacks.catch_up()
+        self._undo_quarantined()
         metrics = self._settle(server_round, [answer])
+        self._undo_quarantined()
         self._session.settle(dispatch)
         return self.arrays, metrics[0]
 
@@ -333,7 +380,7 @@ class AsyncStrategy(Strategy):
         """
         began = self._now()
         idle_seconds = began - self._idle_since
-        staleness = [self.version - answer.dispatch.version for answer in answers]
+        staleness = [self._staleness(answer.dispatch) for answer in answers]
         for answer in answers:
             self._record(began, "learn", answer.dispatch.edge, answer.dispatch.number)
         outcomes = self._outcomes(answers, courier)
@@ -381,14 +428,51 @@ class AsyncStrategy(Strategy):
     def _check(self, answer: Answer) -> Received | ValueError:
         """Return what the strategy may learn from, or the reason to refuse it."""
         dispatch = answer.dispatch
+        if dispatch.edge in self.quarantined:
+            return ValueError(f"quarantine: expected another edge, got {dispatch.edge!r}")
         try:
             content = content_of(answer.reply, answer.arrived_at - dispatch.sent_at)
         except ValueError as error:
             return error
-        staleness = self.version - dispatch.version
+        staleness = self._staleness(dispatch)
         if self.max_staleness is not None and staleness > self.max_staleness:
             return ValueError(f"staleness: expected at most {self.max_staleness}, got {staleness}")
         return Received(dispatch, content, staleness)
+
+    def _staleness(self, dispatch: Dispatch) -> int:
+        """Return how many versions were made while an edge was away, without those undone."""
+        num_undone = sum(version > dispatch.version for version in self._undone_versions)
+        return self.version - dispatch.version - num_undone
+
+    def _undo_quarantined(
+        self, result: Result | None = None, courier: Courier | None = None
+    ) -> None:
+        """Undo what the model has learned from quarantined edges, and write a checkpoint.
+
+        Raises:
+            ValueError: at the start of a run, if an edge that the caller named cannot be undone.
+        """
+        if not self._must_undo:
+            return
+        self._must_undo = False
+        accepted = [row for row in self.history if row["accepted"]]
+        present = {row["edge"] for row in accepted if not row.get("undone")}
+        if not (edges := present & self.quarantined):
+            return
+        try:
+            numbers = self.undo(edges)
+        except ValueError as error:
+            if courier is None and edges & self._required:
+                raise ValueError(f"quarantine: {error}") from None
+            log(WARNING, "The run goes on with what it learned from quarantined edges: %s", error)
+            return
+        # The model counts an answer as a version, in the order of the rounds.
+        for version, row in enumerate(accepted, 1):
+            if row["number"] in numbers:
+                row["undone"] = 1.0
+                self._undone_versions.append(version)
+        if result is not None:
+            self._save(result, courier)
 
     def _compose(
         self, number: int, node: int, now: float, config: ConfigRecord
@@ -444,7 +528,9 @@ class AsyncStrategy(Strategy):
         self.events.append(Event(at - self._started, kind, edge, number, self.version))
 
     def _reset(self, grid: Grid) -> None:
-        self._session = Session(self.revisit, self.max_failures)
+        self._session = Session(self.revisit, self.max_failures, self.quarantined)
+        self._must_undo = False
+        self._undone_versions = []
         self._now = clock_of(grid)
         self._started = self._now()
         self._idle_since = self._started
@@ -452,7 +538,10 @@ class AsyncStrategy(Strategy):
         self.events = []
         self.history = []
 
-    def _save(self, courier: Courier, result: Result) -> None:
+    def saved(self) -> None:
+        """Do what must wait until a checkpoint is written; by default nothing."""
+
+    def _save(self, result: Result, courier: Courier | None = None) -> None:
         """Write a checkpoint, if the run has one."""
         if self.checkpoint is None:
             return
@@ -464,11 +553,12 @@ class AsyncStrategy(Strategy):
             version=self.version,
             tensors=tensors,
             state=state,
-            progress=courier.progress(),
+            progress=(self._session if courier is None else courier).progress(),
             history=self.history,
             evaluations={number: dict(metrics) for number, metrics in evaluations.items()},
         )
-        save(self.checkpoint, run)
+        if save(self.checkpoint, run):
+            self.saved()
 
     def _resume(self, result: Result) -> bool:
         """Resume from the checkpoint, if there is one; return whether there was.
@@ -501,9 +591,10 @@ class AsyncStrategy(Strategy):
         for name, value in settings.items():
             if saved.get(name) != value:
                 raise ValueError(f"{name}: expected {value}, got {saved.get(name)}")
-        self.version = run.version
         self.load_state_dict(run.tensors, run.state)
+        self.version = run.version
         self._session.resume(run.progress)
+        self._must_undo = bool(self.quarantined)
         self.history = run.history
         if run.history:  # elapsed time continues from the checkpoint
             self._started -= run.history[-1]["time"]

@@ -1,6 +1,7 @@
 """Cloned knowledge distillation as a strategy for Flower's Message API."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
 from logging import INFO, WARNING
 from typing import Any, Unpack
 
@@ -18,9 +19,11 @@ from ..engine.tasks import classification
 from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
-from ..method.core import Core, EdgeResult, edge_seed
+from ..method.core import Core, edge_seed
+from ..method.rollback import KeptAnswer, KeptRound, accepted_of, disagreement, replay
 from ..method.state import CoreState
 from ..method.variants import Send, cloned
+from .kept_rounds import Entry, KeptRounds
 
 NUMBERS = (bool, int, float)
 ADDED = ("steps", "optimizer", "max_grad_norm")
@@ -45,13 +48,15 @@ class ClonedKD(AsyncStrategy):
             core keeps up with answers that arrive faster than it learns (docs/scaling.md). If such
             a distillation is refused, its answers are distilled one by one. Flower's own loop and
             `max_in_flight=1` have one answer at a time.
+        keep_rounds: how many of the latest accepted answers are kept on disk beside the checkpoint,
+            so that their edges can be undone; see docs/checkpoints.md. 0 keeps none.
         loop: options of `AsyncStrategy`: `max_in_flight` (1 is Algorithm 1), `max_staleness`,
-            `revisit`, `max_failures`, `on_round`, `callbacks`, `checkpoint`. A resumed run must
-            have the same core seed, core data, number of clones, `send`, `wire_dtype` and
-            distillation.
+            `revisit`, `max_failures`, `on_round`, `callbacks`, `checkpoint`, `quarantine`. A
+            resumed run must have the same core seed, core data, number of clones, `send`,
+            `wire_dtype` and distillation.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: for a number out of range, or `keep_rounds` without a checkpoint.
 
     Examples:
         >>> import torch
@@ -77,6 +82,7 @@ class ClonedKD(AsyncStrategy):
         send: Send = cloned,
         wire_dtype: str = "float32",
         max_together: int = 1,
+        keep_rounds: int = 0,
         **loop: Unpack[LoopOptions],
     ) -> None:
         super().__init__(**loop)
@@ -90,6 +96,7 @@ class ClonedKD(AsyncStrategy):
         self.wire_dtype = wire_dtype
         self.max_together = max_together
         self.state: CoreState | None = None
+        self._kept = KeptRounds(self.checkpoint, keep_rounds, core.distillation.memory_size)
         self._frozen_digest = frozen_digest(core.model)
         self._sent: StateDict = {}
         self._encoded: StateDict = {}
@@ -103,7 +110,8 @@ class ClonedKD(AsyncStrategy):
         frozen = frozen_state(self.core.model)
         arrays = ArrayRecord({k: array for k, array in arrays.items() if k not in frozen})
         like = trained_state(self.core.model)
-        self._publish(self.core.state(member(ensemble_of(arrays, like), 0)))
+        self._publish(self.core.state(member(ensemble_of(arrays, like), 0)), version=0)
+        self._kept.resume([])
 
     @property
     def arrays(self) -> ArrayRecord:
@@ -134,32 +142,28 @@ class ClonedKD(AsyncStrategy):
 
     def absorb(self, dispatch: Dispatch, content: RecordDict, staleness: int) -> dict[str, Any]:
         """Distil the ensemble that an edge returned into the core (Phase 2)."""
-        reported, result = self._read(Received(dispatch, content, staleness))
-        state, metrics = self.core.distill_all(self.current, [result])
-        if state is not self.current:
-            self._publish(state)
-        return reported | metrics[0]
+        return self._absorb_one(Received(dispatch, content, staleness), self.current.version)
 
     def absorb_all(self, answers: Sequence[Received]) -> list[dict[str, Any] | ValueError]:
         """Distil all ensembles in one Phase 2; one by one if they are refused together."""
-        readings: list[tuple[dict[str, Any], EdgeResult] | ValueError] = []
+        readings: list[tuple[dict[str, Any], KeptAnswer] | ValueError] = []
         for answer in answers:
             try:
-                readings.append(self._read(answer))
+                readings.append(self._read(answer, self.current.version))
             except ValueError as error:
                 readings.append(error)
         good = [reading for reading in readings if not isinstance(reading, ValueError)]
         if len(good) < 2:
-            return super().absorb_all(answers)
+            return self._one_by_one(answers)
         try:
-            state, metrics = self.core.distill_all(self.current, [result for _, result in good])
+            state, metrics = self._distil([answer for _, answer in good])
         except ValueError as error:
             return self._one_by_one(answers, str(error))
         distilled = [row for row in metrics if "train-accuracy" in row]
         if state is self.current and len(distilled) > 1:
             return self._one_by_one(answers, distilled[0]["cause"])
         if state is not self.current:
-            self._publish(state)
+            self._take(state, [answer for _, answer in good], metrics)
             for row in distilled:
                 row["together"] = float(len(distilled))
         rows = iter(metrics)
@@ -168,23 +172,126 @@ class ClonedKD(AsyncStrategy):
             for reading in readings
         ]
 
-    def _one_by_one(
-        self, answers: Sequence[Received], cause: str
-    ) -> list[dict[str, Any] | ValueError]:
-        log(WARNING, "Distilling %d answers one by one, because together: %s", len(answers), cause)
-        return super().absorb_all(answers)
+    def undo(self, edges: Set[str]) -> Set[int]:
+        """Repeat the kept rounds without these edges, see `method.rollback.replay`.
 
-    def _read(self, answer: Received) -> tuple[dict[str, Any], EdgeResult]:
-        """Check a reply; return what the edge reported, and its ensemble."""
+        Raises:
+            ValueError: if a round of these edges is not kept, or a kept file is damaged.
+        """
+        began = time.monotonic()
+        round_of = {
+            row["number"]: row["round"]
+            for row in self.history
+            if row["accepted"] and not row.get("undone")
+        }
+        numbers = [
+            row["number"]
+            for row in self.history
+            if row["number"] in round_of and row["edge"] in edges
+        ]
+        undoable = self._kept.undoable()
+        for number in numbers:
+            if number not in undoable:
+                kept = f"since round {round_of[undoable[0]]}" if undoable else "(there are none)"
+                raise ValueError(
+                    f"expected edges of the rounds kept {kept}, got round {round_of[number]}"
+                )
+        first = self._kept.index_of(numbers)
+        rounds = self._kept.read(first, trained_state(self.core.model))
+        repeated = replay(self.core, rounds, edges, self.staleness_weight)
+        rebuilt = self._kept.rewrite(first, repeated)
+        self._publish(rebuilt.state, self.version)
+        log(
+            INFO,
+            "Undid rounds %s of edges %s: repeated rounds %s in %.1f s%s",
+            [round_of[number] for number in numbers],
+            sorted(edges),
+            [round_of[number] for number in rebuilt.numbers],
+            time.monotonic() - began,
+            "".join(
+                f"; round {round_of[number]} is refused now: {cause}"
+                for number, cause in rebuilt.refused.items()
+            ),
+        )
+        return {*numbers, *rebuilt.refused}
+
+    def disagreement(self) -> dict[str, float]:
+        """Return how much what each kept edge has sent contradicts the core as it is now.
+
+        Call it from `on_round` or when no run is going on, because it uses the model of the core.
+
+        Returns:
+            Edge -> the score of `method.rollback.disagreement`, a fraction in [0, 1]; the highest
+            one of an edge with several kept answers.
+
+        Raises:
+            ValueError: if a kept file is damaged.
+        """
+        scores = dict[str, float]()
+        for answer in self._kept.answers(trained_state(self.core.model)):
+            score = disagreement(self.core, self.current.params, answer.ensemble)
+            scores[answer.edge] = max(score, scores.get(answer.edge, 0.0))
+        return scores
+
+    def saved(self) -> None:
+        """Delete kept rounds that no checkpoint needs."""
+        self._kept.tidy()
+
+    def _one_by_one(
+        self, answers: Sequence[Received], cause: str = ""
+    ) -> list[dict[str, Any] | ValueError]:
+        if cause:
+            text = "Distilling %d answers one by one, because together: %s"
+            log(WARNING, text, len(answers), cause)
+        used_version = self.current.version
+        outcomes: list[dict[str, Any] | ValueError] = []
+        for answer in answers:
+            try:
+                outcomes.append(self._absorb_one(answer, used_version))
+            except ValueError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _absorb_one(self, answer: Received, used_version: int) -> dict[str, Any]:
+        reported, read = self._read(answer, used_version)
+        state, metrics = self._distil([read])
+        if state is not self.current:
+            self._take(state, [read], metrics)
+        return reported | metrics[0]
+
+    def _read(self, answer: Received, used_version: int) -> tuple[dict[str, Any], KeptAnswer]:
+        """Check a reply; return what the edge reported, and what the core may learn from."""
         reported = metrics_of(answer.content)
         record = only(answer.content.array_records, "ArrayRecord")
-        sent = answer.dispatch.sent
-        edge = ensemble_of(record, self.current.params, sent=sent, wire_dtype=self.wire_dtype)
+        dispatch = answer.dispatch
+        edge = ensemble_of(
+            record, self.current.params, sent=dispatch.sent, wire_dtype=self.wire_dtype
+        )
         if size(edge) > self.num_clones:
             raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
         weight = 1.0 if self.staleness_weight is None else self.staleness_weight(answer.staleness)
-        result = EdgeResult(edge, sent, weight, earlier=self._earlier(answer.dispatch.edge))
-        return {**reported, "num-clones": size(edge)}, result
+        read = KeptAnswer(
+            edge=dispatch.edge,
+            number=dispatch.number,
+            ensemble=edge,
+            sent=dispatch.sent,
+            sent_version=used_version - answer.staleness,
+            used_version=used_version,
+            weight=weight,
+            earlier=self._earlier(dispatch.edge),
+        )
+        return {**reported, "num-clones": size(edge)}, read
+
+    def _distil(self, answers: Sequence[KeptAnswer]) -> tuple[CoreState, list[dict[str, Any]]]:
+        return self.core.distill_all(self.current, [answer.result for answer in answers])
+
+    def _take(
+        self, state: CoreState, answers: Sequence[KeptAnswer], metrics: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Take over a new state of the core; keep what it was made of."""
+        accepted = accepted_of(answers, metrics)
+        self._kept.add(KeptRound(self.current, accepted))
+        self._publish(state, self.version + len(accepted))
 
     def _earlier(self, edge: str) -> list[dict[str, Any]]:
         """Return the rounds of an edge so far, for the guard; only a revisited edge has some."""
@@ -194,13 +301,18 @@ class ClonedKD(AsyncStrategy):
         return [row for row in self.history if row["edge"] == edge]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the core and its temporal memory."""
-        return self.current.state_dict()
+        """Return the core and its temporal memory, and the list of the kept rounds."""
+        tensors, state = self.current.state_dict()
+        rounds = self._kept.entries
+        return tensors, {**state, "rounds": rounds} if rounds else state
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned; raise ValueError if it does not fit."""
         like = trained_state(self.core.model)
-        self._publish(CoreState.from_state_dict(tensors, state, like))
+        core = CoreState.from_state_dict(tensors, state, like)
+        rounds = [Entry.of(row) for row in state.get("rounds", ())]
+        self._publish(core, core.version)
+        self._kept.resume(rounds)
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common; functions by their names."""
@@ -245,12 +357,17 @@ class ClonedKD(AsyncStrategy):
         log(INFO, "\t├── Samples of a teacher: %s", _name(selection or "all"))
         log(INFO, "\t└── Core data: %d samples, seed %d", len(self.core.dataset[1]), self.core.seed)
 
-    def _publish(self, state: CoreState) -> None:
+    def _publish(self, state: CoreState, version: int) -> None:
+        """Make a state the present one.
+
+        Args:
+            version: the number of answers that the core has learned from, those undone included.
+        """
         # Not in `request`, which runs beside `absorb`: both would use the core's one model.
         sent = self.send(state)
         with self.publishing:
             self.state = state
-            self.version = state.version
+            self.version = version
             # What the edge reads: the core counts the clones' movement from there.
             self._sent = received(sent, self.wire_dtype)
             self._encoded = encode_request(sent, self.wire_dtype)

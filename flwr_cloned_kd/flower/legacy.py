@@ -49,7 +49,8 @@ class LegacyClonedKD(Strategy):
     The clients are NumPyClients without any change. The config of a request carries "num-clones",
     "seed" and "server-round"; a client that does not read them returns a plain model, which is an
     ensemble of one. Arrays are identified by their position, in the order of the core's state dict.
-    What does not fit the core is refused in one line of the log and changes nothing.
+    What does not fit the core is refused in one line of the log and changes nothing. There is no
+    checkpoint, no quarantine and no undoing of an edge; `ClonedKD` has them.
 
     Args:
         core: the service: its model, dataset, recipes and seed.

@@ -28,8 +28,11 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], header: Header) -> str:
     """Replace a checkpoint and keep the one before it; safe against a kill at any instant.
+
+    Returns:
+        The SHA-256 of the content, in hexadecimal digits.
 
     Raises:
         OSError, SafetensorError: if the file cannot be written; then the old file is unchanged.
@@ -37,12 +40,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     # safetensors sorts the tensors, but a NumPyClient identifies them by their order.
     text = json.dumps({"order": list(copies), "header": header})
-    metadata = {
-        "kind": KIND,
-        "format": str(FORMAT),
-        "header": text,
-        "sha256": digest(copies, text),
-    }
+    sha256 = digest(copies, text)
+    metadata = {"kind": KIND, "format": str(FORMAT), "header": text, "sha256": sha256}
     part = path.with_name(path.name + ".part")
     save_file(copies, part, metadata)
     _sync(part)
@@ -57,10 +56,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
             os.replace(path, previous(path))
     os.replace(part, path)
     _sync(path.parent)
+    return sha256
 
 
-def read(path: Path) -> tuple[Tensors, Header]:
+def read(path: Path, sha256: str | None = None) -> tuple[Tensors, Header]:
     """Read a checkpoint and check that every bit of it is what was written.
+
+    Args:
+        sha256: what `write` returned, to accept no other content; None accepts any.
 
     Raises:
         Damaged: if the file is truncated, altered or not a safetensors file.
@@ -82,6 +85,8 @@ def read(path: Path) -> tuple[Tensors, Header]:
         raise Damaged(f"{path}: expected tensors and a header, got {error!r}") from None
     if metadata.get("sha256") != digest(tensors, text):
         raise Damaged(f"{path}: expected the content's own sha256, got another: it was altered")
+    if sha256 not in (None, metadata["sha256"]):
+        raise Damaged(f"{path}: expected the content {sha256}, got {metadata['sha256']}")
     return tensors, header
 
 

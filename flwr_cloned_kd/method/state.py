@@ -47,11 +47,9 @@ class CoreState:
         """
         ensembles = {"core": self.params}
         ensembles |= {str(index): ensemble for index, ensemble in enumerate(self.memory)}
-        tensors = {
-            f"{prefix}/{name}": tensor
-            for prefix, ensemble in ensembles.items()
-            for name, tensor in ensemble.items()
-        }
+        tensors = dict[str, Tensor]()
+        for prefix, ensemble in ensembles.items():
+            tensors |= prefixed(prefix, ensemble)
         header = {
             "memory": len(self.memory),
             "memory_weights": list(self.memory_weights),
@@ -78,25 +76,38 @@ class CoreState:
         if missing := [name for name in expected if name not in header]:
             raise ValueError(f"core state: expected {', '.join(expected)}, missing {missing}")
 
-        def read(prefix: str) -> Ensemble:
-            start = f"{prefix}/"
-            named = {
-                name.removeprefix(start): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(start)
-            }
-            try:
-                return as_ensemble(named, like)
-            except ValueError as error:
-                raise ValueError(f"{prefix}: {error}") from None
-
-        core = read("core")
+        core = ensemble_at("core", tensors, like)
         if size(core) != 1:
             raise ValueError(f"core: expected one model, got an ensemble of {size(core)}")
         return cls(
             params=member(core, 0),
-            memory=tuple(read(str(index)) for index in range(header["memory"])),
+            memory=tuple(
+                ensemble_at(str(index), tensors, like) for index in range(header["memory"])
+            ),
             version=header["version"],
             train_accuracy=tuple(header["train_accuracy"]),
             memory_weights=tuple(header["memory_weights"]),
         )
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names "PREFIX/NAME"."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def ensemble_at(prefix: str, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Ensemble:
+    """Return the tensors whose names begin with "PREFIX/", checked with `as_ensemble`.
+
+    Raises:
+        ValueError: with the prefix in front, if they do not fit.
+    """
+    start = f"{prefix}/"
+    named = {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
+    try:
+        return as_ensemble(named, like)
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from None

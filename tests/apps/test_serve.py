@@ -92,6 +92,14 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path):
     ]
 
 
+def test_a_resumed_run_undoes_the_edges_that_its_settings_name(tmp_path):
+    config = QUICK | {"results": str(tmp_path), "checkpoint": str(tmp_path / "core.ckpt")}
+    config |= {"keep-rounds": 3}
+    play(config | {"num-rounds": 2})
+    rows = play(config | {"num-rounds": 2, "quarantine": "0, 7"}).rows
+    assert [row.get("undone") for row in rows] == [1, None]
+
+
 def test_a_resumed_run_reports_the_rounds_before_it_too(tmp_path):
     config = QUICK | {"results": str(tmp_path), "checkpoint": str(tmp_path / "core.ckpt")}
     config |= {"strategy": "cloned-kd,fedavg", "baseline-rounds": 1}

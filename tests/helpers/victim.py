@@ -1,7 +1,8 @@
 """A process that runs a small federation on request and can be killed at any of its instants.
 
-It reads one JSON object a line, {"checkpoint", "rounds", "kill_at"}, forks, runs there, and answers
-with one line: how the run ended. An instant is a call or a return of a function, Python's or C's.
+It reads one JSON object a line, {"checkpoint", "rounds", "kill_at"} and maybe "keep_rounds", forks,
+runs there, and answers with one line: how the run ended. An instant is a call or a return of a
+function, Python's or C's.
 """
 
 import json
@@ -75,7 +76,8 @@ class Instants:
 
 
 def child(order):
-    strategy, instants = make(order["checkpoint"]), Instants(order["kill_at"])
+    strategy = make(order["checkpoint"], keep_rounds=order.get("keep_rounds", 0))
+    instants = Instants(order["kill_at"])
     sys.setprofile(instants)
     result = run(strategy, order["rounds"])
     sys.setprofile(None)

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -271,6 +272,8 @@ def test_in_the_loop_of_flower_the_view_is_not_shown(flower_log):
 
 
 SCRIPT = """
+import fcntl
+import termios
 import threading
 from flwr.supercore.task_identity import TaskIdentity
 from flwr_cloned_kd import LiveView
@@ -284,6 +287,8 @@ class Waits(Tally):
             threading.Event().wait(60)
         return super().absorb(dispatch, content, staleness)
 
+# Standard input becomes the terminal that controls this process: its Ctrl-C is a signal.
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 try:
     strategy = Waits(callbacks=[LiveView()])
@@ -295,6 +300,10 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_in_a_terminal_leaves_readable_lines_and_a_cursor():
     keyboard, screen = pty.openpty()
+    # The terminal does not echo "^C" into the lines of the run.
+    attributes = termios.tcgetattr(screen)
+    attributes[3] &= ~termios.ECHO
+    termios.tcsetattr(screen, termios.TCSANOW, attributes)
     environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
@@ -303,7 +312,6 @@ def test_ctrl_c_in_a_terminal_leaves_readable_lines_and_a_cursor():
         stderr=screen,
         env=environment | {"COLUMNS": "100", "LINES": "40"},
         start_new_session=True,
-        preexec_fn=_take_terminal,
     )
     os.close(screen)
     written = b""
@@ -323,16 +331,8 @@ def test_ctrl_c_in_a_terminal_leaves_readable_lines_and_a_cursor():
     lines = [line.strip() for line in plain(text).splitlines()]
     assert "INFO :      [ROUND 1] edge 1: absorbed" in lines
     assert "waiting" in lines
-    assert "interrupted" in lines
-    assert any("1 of 2 rounds, ended by KeyboardInterrupt" in line for line in lines)
-
-
-def _take_terminal():
-    """Make standard input the controlling terminal, so that its Ctrl-C is a signal."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    assert "interrupted" in lines, text
+    assert any("1 of 2 rounds, ended by KeyboardInterrupt" in line for line in lines), text
 
 
 def _read(descriptor):

@@ -33,6 +33,8 @@ def main(grid: Grid, context: Context) -> None:
             staleness_weight=build.staleness_weight(settings),
             revisit=settings.num_rounds > settings.num_edges,
             checkpoint=settings.checkpoint or None,
+            keep_rounds=settings.keep_rounds,
+            quarantine=settings.quarantined,
             send=variant.init(core),
             wire_dtype=settings.wire_dtype,
             on_round=partial(report.add, name),
