@@ -42,8 +42,8 @@ package: .venv/.dev dist
 # What the lower bounds of pyproject.toml mean for this Python, and no constraint at all.
 constraints-lowest.txt: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet $(LOWEST) --python $(BIN)/python --extra simulation --extra digits \
-		--extra plots --extra datasets --output-file $@ pyproject.toml
+	$(BIN)/uv pip compile --quiet $(LOWEST) --python $(BIN)/python --extra simulation --extra launch \
+		--extra digits --extra plots --extra datasets --extra report --output-file $@ pyproject.toml
 
 constraints-newest.txt:
 	touch $@

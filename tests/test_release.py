@@ -89,6 +89,11 @@ def test_the_pinned_versions_satisfy_every_requirement():
             assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
+def test_the_lowest_versions_are_resolved_for_every_extra_for_users():
+    extras = set(re.findall(r"--extra (\w+)", (ROOT / "Makefile").read_text()))
+    assert extras == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}
+
+
 def test_the_page_on_installation_lists_every_extra_for_users():
     page = (ROOT / "docs" / "install.md").read_text()
     listed = set(re.findall(r"^\| `(\w+)` \|", page, re.M))

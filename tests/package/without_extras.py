@@ -20,14 +20,18 @@ import flwr_cloned_kd
 from flwr_cloned_kd import Core, Recipe, train_edge
 
 
-def import_all() -> list[str]:
-    """Import every module of the package; return their names."""
+def import_all() -> tuple[list[str], dict[str, str | None]]:
+    """Import every module of the package; return the names of those, and what others lack."""
     names = [
         module.name for module in pkgutil.walk_packages(flwr_cloned_kd.__path__, "flwr_cloned_kd.")
     ]
+    lacking = {}
     for name in names:
-        importlib.import_module(name)
-    return names
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            lacking[name] = error.name
+    return [name for name in names if name not in lacking], lacking
 
 
 def core_versions() -> list[int]:
@@ -68,11 +72,12 @@ def main() -> None:
     from flwr_cloned_kd.apps import Settings
     from flwr_cloned_kd.apps.build import split
 
-    modules = import_all()
+    modules, lacking = import_all()
     labels = torch.arange(10).repeat(20)
     report = {
         "file": flwr_cloned_kd.__file__,
         "modules": modules,
+        "lacking": lacking,
         "versions": core_versions(),
         "messages": {
             "digits": message_of(flwr_cloned_kd.load_digits),
