@@ -31,7 +31,7 @@ def test_it_prints_versions_and_devices(capsys):
 
 def test_every_extra_for_users_is_listed(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(command.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
+    assert set(command.EXTRAS) == set(project["optional-dependencies"]) - {"dev", "docs"}
     assert "\n  digits       installed\n" in output(capsys)
 
 

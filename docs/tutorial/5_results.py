@@ -147,7 +147,8 @@ print(f"the core learned for {totals['core-seconds']:.0f} virtual seconds")
 # core, both, or only the ensemble classify correctly (Fig. 4 of the paper).
 #
 # The example apps write these rows by themselves, with a summary and pictures
-# ([quickstart](../examples/quickstart_digits/README.md#results)).
+# ([quickstart](../examples/quickstart_digits/README.md#results)). `load_run` reads
+# their folders, and a command [compares them](../comparing.md).
 #
 # That was the tutorial. [Use it in your app](../drop_in.md), or read [how it
 # works](../how_it_works.md).

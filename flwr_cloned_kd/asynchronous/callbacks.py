@@ -16,7 +16,14 @@ MAX_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class RunStart:
-    """What is known of a run when it starts."""
+    """What is known of a run when it starts.
+
+    Examples:
+        >>> from flwr_cloned_kd import Callback, RunStart
+        >>> class Header(Callback):
+        ...     def started(self, run: RunStart) -> None:
+        ...         print(run.strategy, run.num_rounds)
+    """
 
     strategy: str
     """Name of the strategy's class."""
@@ -51,11 +58,12 @@ class Callback:
     Flower's own loop (`Strategy.start`) calls all methods but `finished`, since it does not say
     which round is the last.
 
-    Example:
+    Examples:
+        >>> from flwr_cloned_kd import Callback, FedAsync
         >>> class Refusals(Callback):
         ...     def refused(self, row):
         ...         print(row["round"], row["edge"], row["cause"])
-        >>> strategy = ClonedKD(core, callbacks=[Refusals()])  # doctest: +SKIP
+        >>> strategy = FedAsync(callbacks=[Refusals()])
     """
 
     def started(self, run: RunStart) -> None:

@@ -60,6 +60,10 @@ class LiveView(Callback):
 
     Args:
         console: where to draw; None is the standard error stream, to which Flower's log goes.
+
+    Examples:
+        >>> from flwr_cloned_kd import FedAsync, LiveView
+        >>> strategy = FedAsync(callbacks=[LiveView()])
     """
 
     def __init__(self, console: Console | None = None) -> None:

@@ -26,6 +26,11 @@ class MlflowLogger(Callback):
 
     Raises:
         ImportError: without the package mlflow or mlflow-skinny.
+
+    Examples:
+        >>> from flwr_cloned_kd import FedAsync, MlflowLogger
+        >>> logger = MlflowLogger("sqlite:////data/mlflow.db")  # doctest: +SKIP
+        >>> strategy = FedAsync(callbacks=[logger])  # doctest: +SKIP
     """
 
     def __init__(

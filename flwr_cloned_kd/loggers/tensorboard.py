@@ -23,6 +23,10 @@ class TensorBoardLogger(Callback):
 
     Raises:
         ImportError: without the package tensorboard.
+
+    Examples:
+        >>> from flwr_cloned_kd import FedAsync, TensorBoardLogger
+        >>> strategy = FedAsync(callbacks=[TensorBoardLogger("logs/nine-edges")])  # doctest: +SKIP
     """
 
     def __init__(self, log_dir: str | Path) -> None:

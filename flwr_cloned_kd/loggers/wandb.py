@@ -19,6 +19,11 @@ class WandbLogger(Callback):
 
     Raises:
         ImportError: without the package wandb.
+
+    Examples:
+        >>> from flwr_cloned_kd import FedAsync, WandbLogger
+        >>> logger = WandbLogger(project="edges", mode="offline")  # doctest: +SKIP
+        >>> strategy = FedAsync(callbacks=[logger])  # doctest: +SKIP
     """
 
     def __init__(self, **init: Any) -> None:

@@ -22,7 +22,16 @@ NUMBERS = ("core-accuracy", "bytes-down", "bytes-up", "seconds", *TIMES)
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a results folder holds, as `load_run` returns it."""
+    """What a results folder holds, as `load_run` returns it.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from flwr_cloned_kd import LoadedRun
+        >>> rows = [{"round": 1, "strategy": "cloned-kd", "core-accuracy": 0.9}]
+        >>> run = LoadedRun(Path("results/first"), {"seed": 0}, {}, rows, first_accuracy=0.7)
+        >>> run.name, run.finished, run.strategies  # `load_run` returns such a value
+        ('first', False, ['cloned-kd'])
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -82,6 +91,18 @@ def load_run(folder: str | Path) -> LoadedRun:
     Raises:
         ValueError: if the folder is not there or holds no results, or if a file in it is damaged or
             of another program; the message has the path, the line, what was expected and found.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flwr_cloned_kd import load_run
+        >>> row = '{"round": 1, "edge": "3", "strategy": "fedasync", "accepted": 1}'
+        >>> with tempfile.TemporaryDirectory() as folder:  # a run writes this file into its folder
+        ...     with Path(folder, "metrics.jsonl").open("w") as file:
+        ...         print(row, file=file)
+        ...     run = load_run(folder)
+        >>> run.rounds_of("fedasync")[0]["edge"]
+        '3'
     """
     path = Path(folder)
     if not path.is_dir():
@@ -112,6 +133,13 @@ def load_runs(paths: Iterable[str | Path]) -> list[LoadedRun]:
 
     Raises:
         ValueError: as `load_run`, and for a folder that neither is nor has a results folder.
+
+    Examples:
+        >>> from flwr_cloned_kd import load_runs
+        >>> runs = load_runs(["results/seed-0", "results/seed-1"])  # doctest: +SKIP
+        >>> load_runs(["results/no-such-run"])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: results/no-such-run: expected a results folder ...
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
