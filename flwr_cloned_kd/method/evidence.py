@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ..engine.ensemble import Ensemble, StateDict, clone, mean
+from ..engine.ensemble import Ensemble, StateDict, check_finite, clone, mean
 from ..engine.fit import predict
 from ..engine.inputs import Dataset
 from ..engine.runtime import Runtime
@@ -95,7 +95,7 @@ class Evidence:
 
     def recall(self, mask: Tensor) -> dict[int, float]:
         """Return the share of correct elements of each class that has any; class -> fraction."""
-        labels = sorted(set(self.labels.tolist()))
+        labels = torch.unique(self.labels).tolist()  # in order
         return {label: share(mask[self.labels == label]) for label in labels}
 
     def class_drop(self) -> float | None:
@@ -166,6 +166,9 @@ class Examiner:
             core_outputs: `[N, ...]` of the core.
             edge_outputs: `[E, N, ...]` of the clones.
             earlier: metrics of the earlier rounds of this edge, oldest first.
+
+        Raises:
+            ValueError: if the mean of the clones is not finite.
         """
         labels = self.data[1]
         length, direction = self._movement(state, edge, sent)
@@ -225,6 +228,7 @@ class Examiner:
 
         origin = vector(sent)
         moved = vector(mean(edge)) - origin
+        check_finite({"movement": moved}, "edge: ")  # finite clones may have an infinite mean
         length = float(moved.norm() / origin.norm().clamp(min=torch.finfo(origin.dtype).tiny))
         if not state.memory:
             return length, None
