@@ -45,7 +45,7 @@ class EdgeResult(NamedTuple):
     """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
     trust: float = 1
     """Share of the KD term and of the movement of this edge that the core uses, in [0, 1]."""
-    earlier: Sequence[Mapping[str, float]] = ()
+    earlier: Sequence[Mapping[str, Any]] = ()
     """Metrics of the earlier rounds of this edge, oldest first, for the guard."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,9 @@ class Evidence:
         memory: mask `[N]` of the mean prediction of the ensembles in the memory; None if the memory
             is empty.
         loss_before: loss of the core before the round.
-        earlier: metrics of the earlier rounds of this edge, oldest first, as `Core.distill` has
-            returned them; empty if it is unknown which edge this is.
+        earlier: rows of the earlier rounds of this edge, oldest first: what `Core.distill` has
+            returned, and in a run the other entries of `on_round`; empty if it is unknown which
+            edge this is, and in a run that asks each edge once.
         after: mask `[N]` of the core after the distillation.
         loss_after: loss of that core.
         train_accuracy: of that core on its own data.
@@ -74,7 +76,7 @@ class Evidence:
     history: tuple[float, ...]
     memory: Tensor | None = None
     loss_before: float | None = None
-    earlier: tuple[Mapping[str, float], ...] = ()
+    earlier: tuple[Mapping[str, Any], ...] = ()
     after: Tensor | None = None
     loss_after: float | None = None
     train_accuracy: float | None = None
@@ -155,7 +157,7 @@ class Examiner:
         *,
         core_outputs: Tensor,
         edge_outputs: Tensor,
-        earlier: Sequence[Mapping[str, float]] = (),
+        earlier: Sequence[Mapping[str, Any]] = (),
     ) -> Evidence:
         """Measure what is known before the distillation.
 
