@@ -1,4 +1,4 @@
-"""Seeing a run while it runs: the methods that a strategy calls as things happen."""
+"""Callbacks: objects whose methods a strategy calls during a run."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class RunStart:
 
 
 class Callback:
-    """Sees a run while it runs; a subclass defines the methods that it needs.
+    """Methods that a run calls while it goes on; a subclass defines those that it needs.
 
     Threads: a run calls all methods in the thread that called `AsyncStrategy.start`, one after the
     other, so that a callback needs no lock. While the model learns, that thread is busy: the calls

@@ -9,6 +9,8 @@ from flwr.common import log
 from ..io.messages import num_bytes
 from .session import Answer
 
+NOT_METRICS = ("round", "edge", "cause")
+"""Entries of a row that are no metrics of its round."""
 LOGGED_METRICS = {
     "edge-accuracy": "edge",
     "ensemble-accuracy": "ensemble",

@@ -21,13 +21,11 @@ from .callbacks import Callback, Callbacks, RunStart
 from .clock import Stepped, clock_of
 from .courier import Courier
 from .resume import SavedRun, load, save
-from .rounds import costs, log_round
+from .rounds import NOT_METRICS, costs, log_round
 from .session import Answer, Dispatch, Received, Session
 from .timeline import Event
 
 WAIT_SECONDS = 0.2
-NOT_METRICS = ("round", "edge", "cause")
-"""Entries of a row that are no metrics."""
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 """(round, arrays) -> metrics, as Flower's strategies take it."""

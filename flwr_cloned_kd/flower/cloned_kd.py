@@ -189,6 +189,8 @@ class ClonedKD(AsyncStrategy):
             for row in self.history
             if row["number"] in round_of and row["edge"] in edges
         ]
+        if not numbers:
+            return set()
         undoable = self._kept.undoable()
         for number in numbers:
             if number not in undoable:
@@ -294,11 +296,15 @@ class ClonedKD(AsyncStrategy):
         self._publish(state, self.version + len(accepted))
 
     def _earlier(self, edge: str) -> list[dict[str, Any]]:
-        """Return the rounds of an edge so far, for the guard; only a revisited edge has some."""
+        """Return the rounds of an edge so far, for the guard; only a revisited edge has some.
+
+        A round that was undone counts as refused, as it does when rounds are repeated.
+        """
         asked = self.core.guard is not None or self.core.trust is not None
         if not asked or not self.revisit:
             return []
-        return [row for row in self.history if row["edge"] == edge]
+        rows = (row for row in self.history if row["edge"] == edge)
+        return [{**row, "accepted": 0.0} if row.get("undone") else row for row in rows]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the core and its temporal memory, and the list of the kept rounds."""

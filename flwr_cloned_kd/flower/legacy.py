@@ -128,6 +128,7 @@ class LegacyClonedKD(Strategy):
         self._session = Session(self._method.revisit)
         self._patient = True
         self._method.begin(ArrayRecord(self._first))
+        self._method.history = []
         self._events = []
         self._started = time.monotonic()
         run = RunStart(
@@ -203,6 +204,7 @@ class LegacyClonedKD(Strategy):
         }
         cause = log_round(server_round, dispatch.edge, metrics, cause)
         row = {"round": server_round, "edge": dispatch.edge, "cause": cause, **metrics}
+        self._method.history.append(row)  # for the guard, if the edge is visited again
         if self.on_round is not None:
             self.on_round(dict(row))
         self._callbacks.settle(row)

@@ -6,9 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from ..asynchronous.callbacks import RunStart
-
-NOT_METRICS = ("round", "edge", "cause")
-"""Entries of a row that are no metrics of its round."""
+from ..asynchronous.rounds import NOT_METRICS
 
 
 def load(module: str, extra: str) -> Any:

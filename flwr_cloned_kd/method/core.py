@@ -45,7 +45,7 @@ class EdgeResult(NamedTuple):
     """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
     trust: float = 1
     """Share of the KD term and of the movement of this edge that the core uses, in [0, 1]."""
-    earlier: Sequence[Mapping[str, float]] = ()
+    earlier: Sequence[Mapping[str, Any]] = ()
     """Metrics of the earlier rounds of this edge, oldest first, for the guard."""
 
 
@@ -167,8 +167,9 @@ class Core:
             "consensus". Fractions in [0, 1].
 
         Raises:
-            ValueError: if a prediction of the edge or a weight of the new core is not finite, or if
-                `weight` is negative or not finite.
+            ValueError: if a prediction of the edge or a weight of the new core is not finite, if
+                the mean of the clones is not finite and evidence is measured, if `weight` is
+                negative or not finite, or if the rule of trust returns a number outside [0, 1].
         """
         state, metrics = self.distill_all(state, [EdgeResult(edge, sent, weight)])
         return state, metrics[0]
@@ -277,7 +278,8 @@ class Core:
                 earlier=result.earlier,
             )
             if self.trust is not None:
-                trust = self.trust(answer.evidence)
+                # A user's function may return a number of NumPy or PyTorch: no row can hold one.
+                trust = float(self.trust(answer.evidence))
                 _check_trust(trust)
                 answer.result = result._replace(trust=result.trust * trust)
                 metrics["trust"] = trust

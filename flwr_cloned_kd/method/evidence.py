@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ..engine.ensemble import Ensemble, StateDict, clone, mean
+from ..engine.ensemble import Ensemble, StateDict, check_finite, clone, mean
 from ..engine.fit import predict
 from ..engine.inputs import Dataset
 from ..engine.runtime import Runtime
@@ -40,8 +41,9 @@ class Evidence:
         memory: mask `[N]` of the mean prediction of the ensembles in the memory; None if the memory
             is empty.
         loss_before: loss of the core before the round.
-        earlier: metrics of the earlier rounds of this edge, oldest first, as `Core.distill` has
-            returned them; empty if it is unknown which edge this is.
+        earlier: rows of the earlier rounds of this edge, oldest first: what `Core.distill` has
+            returned, and in a run the other entries of `on_round`; empty if it is unknown which
+            edge this is, and in a run that asks each edge once.
         after: mask `[N]` of the core after the distillation.
         loss_after: loss of that core.
         train_accuracy: of that core on its own data.
@@ -74,7 +76,7 @@ class Evidence:
     history: tuple[float, ...]
     memory: Tensor | None = None
     loss_before: float | None = None
-    earlier: tuple[Mapping[str, float], ...] = ()
+    earlier: tuple[Mapping[str, Any], ...] = ()
     after: Tensor | None = None
     loss_after: float | None = None
     train_accuracy: float | None = None
@@ -95,7 +97,7 @@ class Evidence:
 
     def recall(self, mask: Tensor) -> dict[int, float]:
         """Return the share of correct elements of each class that has any; class -> fraction."""
-        labels = sorted(set(self.labels.tolist()))
+        labels = torch.unique(self.labels).tolist()  # in order
         return {label: share(mask[self.labels == label]) for label in labels}
 
     def class_drop(self) -> float | None:
@@ -155,7 +157,7 @@ class Examiner:
         *,
         core_outputs: Tensor,
         edge_outputs: Tensor,
-        earlier: Sequence[Mapping[str, float]] = (),
+        earlier: Sequence[Mapping[str, Any]] = (),
     ) -> Evidence:
         """Measure what is known before the distillation.
 
@@ -166,6 +168,9 @@ class Examiner:
             core_outputs: `[N, ...]` of the core.
             edge_outputs: `[E, N, ...]` of the clones.
             earlier: metrics of the earlier rounds of this edge, oldest first.
+
+        Raises:
+            ValueError: if the mean of the clones is not finite.
         """
         labels = self.data[1]
         length, direction = self._movement(state, edge, sent)
@@ -225,6 +230,7 @@ class Examiner:
 
         origin = vector(sent)
         moved = vector(mean(edge)) - origin
+        check_finite({"movement": moved}, "edge: ")  # finite clones may have an infinite mean
         length = float(moved.norm() / origin.norm().clamp(min=torch.finfo(origin.dtype).tiny))
         if not state.memory:
             return length, None

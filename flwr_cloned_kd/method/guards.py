@@ -19,14 +19,20 @@ Score = Callable[[Evidence], float | None]
 
 
 def train_accuracy_jump(evidence: Evidence) -> float | None:
-    """Return how far the core's training accuracy rose above the mean of its history (Sec. 5.3)."""
+    """Return how far the core's training accuracy rose above the mean of its history (Sec. 5.3).
+
+    A difference of fractions, in [-1, 1]; None before the distillation or without a history.
+    """
     if evidence.train_accuracy is None or not evidence.history:
         return None
     return evidence.train_accuracy - sum(evidence.history) / len(evidence.history)
 
 
 def train_accuracy_drop(evidence: Evidence) -> float | None:
-    """Return how far the core's training accuracy fell since the last accepted round."""
+    """Return how far the core's training accuracy fell since the last accepted round.
+
+    A difference of fractions, in [-1, 1]; None before the distillation or without a history.
+    """
     if evidence.train_accuracy is None or not evidence.history:
         return None
     return evidence.history[-1] - evidence.train_accuracy
@@ -34,6 +40,8 @@ def train_accuracy_drop(evidence: Evidence) -> float | None:
 
 def validation_drop(evidence: Evidence) -> float | None:
     """Return how far the core's accuracy on the validation data fell by the distillation.
+
+    A difference of fractions, in [-1, 1]; None before the distillation.
 
     Examples:
         >>> from flwr_cloned_kd import Limit, validation_drop
@@ -47,6 +55,9 @@ def validation_drop(evidence: Evidence) -> float | None:
 def class_drop(evidence: Evidence) -> float | None:
     """Return the largest fall of the core's accuracy on one class of the validation data.
 
+    A difference of fractions, in [-1, 1]; None before the distillation, and for labels that are no
+    classes.
+
     Examples:
         >>> from flwr_cloned_kd import Limit, class_drop
         >>> guard = Limit(class_drop, 0.2)  # at most twenty points of any class
@@ -56,6 +67,8 @@ def class_drop(evidence: Evidence) -> float | None:
 
 def loss_rise(evidence: Evidence) -> float | None:
     """Return how far the core's loss on the validation data rose by the distillation.
+
+    A number in the unit of `Task.loss`, below 0 if the loss fell; None before the distillation.
 
     Examples:
         >>> from flwr_cloned_kd import Limit, loss_rise
@@ -67,10 +80,15 @@ def loss_rise(evidence: Evidence) -> float | None:
 def drop_confidence(evidence: Evidence) -> float | None:
     """Return how sure it is that the core's accuracy on the validation data fell.
 
-    It is 1 - p, p being the one-sided p-value of McNemar's exact test: the probability that of the
-    elements that changed, as many or more were lost, if losses and gains are equally likely. With
-    `Limit(drop_confidence, 0.99)` a core that becomes neither better nor worse refuses at most one
-    edge in a hundred. A probability in [0, 1]; its threshold needs no calibration.
+    It is 1 - p, where p is the one-sided p-value of McNemar's exact test. If an element that
+    changes is equally likely to be lost and to be gained, p is the probability that at least as
+    many of the changed elements are lost as were lost here. With `Limit(drop_confidence, 0.99)` a
+    core that becomes neither better nor worse refuses at most one edge in a hundred. The score is
+    a probability in [0, 1], and None before the distillation; its threshold needs no calibration.
+
+    The test assumes that the elements are independent of each other. The tokens of one text and
+    the pixels of one image are not: for them the score is too high, and `calibrate` finds a
+    threshold for it.
 
     Examples:
         >>> from flwr_cloned_kd import Limit, drop_confidence
@@ -92,6 +110,8 @@ def edge_drop(evidence: Evidence) -> float | None:
 
     It is the sum of the falls of its accepted rounds, with the present one. A poison in many small
     steps stays below a threshold for one round, and not below the same threshold for their sum.
+    The fall of edges that are distilled together (`max_together`) counts for each of them in full.
+    A difference of fractions; None before the distillation.
 
     Examples:
         >>> from flwr_cloned_kd import Limit, edge_drop
@@ -102,11 +122,14 @@ def edge_drop(evidence: Evidence) -> float | None:
         return None
     accepted = [row for row in evidence.earlier if row.get("accepted")]
     keys = ("validation-before", "validation-after")
-    return fall + sum(row[keys[0]] - row[keys[1]] for row in accepted if row.keys() >= {*keys})
+    measured = [row for row in accepted if row.keys() >= {*keys}]
+    return fall + sum(float(row[keys[0]]) - float(row[keys[1]]) for row in measured)
 
 
 def ensemble_gap(evidence: Evidence) -> float:
     """Return by how much the ensemble is less accurate than the core; known before Phase 2.
+
+    A difference of fractions, in [-1, 1].
 
     Examples:
         >>> from flwr_cloned_kd import Limit, ensemble_gap
@@ -118,7 +141,7 @@ def ensemble_gap(evidence: Evidence) -> float:
 def disagreement(evidence: Evidence) -> float | None:
     """Return the share of elements of which the memory is right and the ensemble is wrong.
 
-    It is known before Phase 2, and None while the memory is empty.
+    A fraction in [0, 1]. It is known before Phase 2, and None while the memory is empty.
 
     Examples:
         >>> from flwr_cloned_kd import Limit, disagreement

@@ -10,7 +10,7 @@ from rich.console import Console
 from .groups import MAX_NAMED_KEYS, group_runs, remarks
 from .page import write_page
 from .runs import load_runs
-from .tables import difference_cells, print_table, summary_cells
+from .tables import difference_cells, plain, print_table, summary_cells
 
 INSTALL = 'pip install "flwr-cloned-kd[report]"'
 
@@ -55,7 +55,7 @@ def report(arguments: argparse.Namespace) -> int:
     if differences is not None and len(differences.rows) > MAX_NAMED_KEYS:
         print_table(console, differences, "The configs differ in")
     for remark in remarks(runs, groups):
-        console.print(remark, markup=False)
+        console.print(plain(remark))
     if arguments.no_html:
         return 0
     try:

@@ -9,9 +9,9 @@ from typing import Any
 from .curves import Point, curve
 from .runs import LoadedRun
 
-NOT_COMPARED = ("seed", "strategy", "results", "checkpoint")
+NOT_COMPARED = ("seed", "strategy", "results", "checkpoint", "keep-rounds", "watch")
 """Keys of a run-config that do not tell configs apart: a run may have several strategies, and the
-last two are only the places of files."""
+last four say what a run writes and where, which changes no result."""
 MAX_NAMED_KEYS = 2
 """Configs that differ in more keys than that have numbers for names."""
 

@@ -170,16 +170,16 @@ def print_table(console: Console, cells: Cells, title: str = "") -> None:
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for number, heading in enumerate(cells.headings):
         lines = heading.replace(" ", "\n", 1) if len(heading) > MAX_HEADING_WIDTH else heading
-        table.add_column(_plain(lines), justify="right" if number else "left", no_wrap=True)
+        table.add_column(plain(lines), justify="right" if number else "left", no_wrap=True)
     for name, *texts in cells.rows:
         # Each part of a name and each deviation has its own line, so that a dozen columns fit.
         lines_of_cells = [name.replace(", ", "\n"), *(text.replace(" ± ", "\n±") for text in texts)]
-        table.add_row(*map(_plain, lines_of_cells))
+        table.add_row(*map(plain, lines_of_cells))
     width = console.measure(table, options=console.options.update_width(MAX_WIDTH)).maximum
     console.width = max(console.width, width)
     console.print(table)
 
 
-def _plain(text: str) -> Text:
+def plain(text: str) -> Text:
     """Return a text without markup and without characters that are not printable."""
     return Text("".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text))

@@ -114,6 +114,17 @@ def test_revisit_goes_round_again():
     assert [row["edge"] for row in rows] == ["0", "1", "0"]
 
 
+def test_the_guard_knows_the_earlier_rounds_of_a_revisited_edge():
+    seen = []
+
+    def guard(evidence):
+        seen.append([row["round"] for row in evidence.earlier])
+
+    grid = LegacyGrid(apps(2))
+    run(legacy(small_core(guard=guard), num_clones=1, revisit=True), grid, rounds=3)
+    assert seen == [[], [], [], [], [1], [1]]  # twice in a round
+
+
 def test_an_edge_that_returns_under_another_node_id_is_not_asked_again():
     grid = LegacyGrid(apps(2), [{"name": "clinic", "partition-id": 0}] * 2)
     grid.online = [100]

@@ -336,6 +336,22 @@ def test_names_that_no_edge_has_change_nothing(path):
         play(path, quarantine="clinic")
 
 
+def test_an_edge_that_the_core_has_not_learned_from_needs_no_undoing(path):
+    strategy = play(path, rounds=2, keep_rounds=9)
+    state = strategy.state
+    assert strategy.undo({"no such edge"}) == set()
+    assert strategy.state is state
+
+
+def test_an_undone_round_counts_as_refused_when_its_edge_returns():
+    core = replace(victim.make().core, guard=lambda evidence: None)
+    strategy = ClonedKD(core, revisit=True)
+    rows = [{"edge": edge, "accepted": 1.0} for edge in "aab"]
+    strategy.history = [{**rows[0], "undone": 1.0}, *rows[1:]]
+    assert [row["accepted"] for row in strategy._earlier("a")] == [0.0, 1.0]
+    assert strategy.history[0]["accepted"] == 1.0
+
+
 def test_kept_rounds_need_a_checkpoint():
     with pytest.raises(ValueError, match="checkpoint: expected a file for keep_rounds=3, got None"):
         play(keep_rounds=3)

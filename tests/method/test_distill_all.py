@@ -230,6 +230,24 @@ def test_trust_out_of_range_is_refused(trust):
         core_of().distill_all(start_of(core), [EdgeResult(edge_of(0), trust=trust)])
 
 
+def test_trust_may_be_a_number_of_pytorch():
+    core = core_of(trust=lambda evidence: evidence.ensemble.float().mean())
+    _, metrics = core.distill(start_of(core), edge_of(0))
+    assert type(metrics["trust"]) is float
+
+
+def test_finite_clones_with_an_infinite_mean_are_no_evidence():
+    """A dead channel hides them: all predictions are finite."""
+    edge = edge_of(0)
+    names = list(edge)
+    first, last = names[1], names[-2]  # the bias of the first layer, the weights of the last one
+    edge[first][:, 0] = -3e38
+    edge[last][..., 0] = 0.0
+    core = core_of(guard=lambda evidence: None)
+    with pytest.raises(ValueError, match="edge: movement: expected finite values, got 1 of"):
+        core.distill(start_of(core), edge)
+
+
 def test_the_evidence_holds_the_memory_the_losses_and_the_earlier_rounds():
     calls = []
     core = core_of(guard=calls.append, held_out=HELD_OUT)

@@ -64,6 +64,15 @@ def test_remarks_are_printed(results, capsys):
     assert "begun: no round has ended yet" in capsys.readouterr().out
 
 
+def test_a_remark_cannot_control_the_terminal(results, capsys):
+    for name in ("one", "two"):
+        write_run(results / name, preset="\x1b[2J")
+    main(["report", str(results), "--no-html"])
+    output = capsys.readouterr().out
+    assert "seed 0 has 2 runs" in output
+    assert "\x1b" not in output
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -18,6 +18,13 @@ def test_seeds_and_the_places_of_files_do_not_tell_runs_apart(tmp_path):
     assert (group.label, group.seeds) == ("cloned-kd", [0, 1, 2])
 
 
+def test_what_a_run_writes_beside_its_results_does_not_tell_runs_apart(tmp_path):
+    for seed, watch in enumerate(["", "live", "mlflow,tensorboard"]):
+        write_run(tmp_path / f"{seed}", seed=seed, watch=watch, keep_rounds=seed)
+    (group,) = groups_of(tmp_path)
+    assert group.seeds == [0, 1, 2]
+
+
 def test_every_strategy_is_a_group_whatever_else_its_run_ran(tmp_path):
     both = [round_row(1, 0.6), round_row(1, 0.7, strategy="fedavg")]
     write_run(tmp_path / "a", both, strategy="cloned-kd,fedavg")
