@@ -43,7 +43,8 @@ package: .venv/.dev dist
 constraints-lowest.txt: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet $(LOWEST) --python $(BIN)/python --extra simulation --extra launch \
-		--extra digits --extra plots --extra datasets --extra report --output-file $@ pyproject.toml
+		--extra digits --extra plots --extra datasets --extra report --extra tensorboard \
+		--extra wandb --extra mlflow --output-file $@ pyproject.toml
 
 constraints-newest.txt:
 	touch $@

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flwr_cloned_kd import (
     PRESETS,
     AnyOf,
+    Callback,
     Classification,
     ClonedKD,
     Core,
@@ -119,6 +120,13 @@ def without_flower() -> float:
     return float(metrics["core-accuracy"]) + float(accuracy(outputs, test[1]))
 
 
+class Refusals(Callback):
+    """A callback that prints why edges were refused."""
+
+    def refused(self, row: dict[str, Any]) -> None:
+        print(row["round"], row["edge"], row["cause"])
+
+
 def print_round(row: dict[str, Any]) -> None:
     """A callback of the user's own."""
     print(row["round"], row["edge"])
@@ -137,6 +145,7 @@ def main(grid: Grid, context: Context) -> None:
         max_in_flight=2,
         staleness_weight=PolynomialStaleness(),
         on_round=print_round,
+        callbacks=[Refusals()],
     )
     result: Result = strategy.start(grid, ArrayRecord(core.pretrain()), num_rounds=3)
     print(result, strategy.current.version, strategy.history[-1]["cause"])
