@@ -95,8 +95,11 @@ def parse(overrides: list[str]) -> dict[str, Any]:
                     raise ValueError(f"--run-config: expected key=value pairs, got {unread!r}")
                 text = "\n".join(re.findall(pairs, override))
             config |= tomllib.loads(text)
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
             raise ValueError(f"--run-config {override}: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            expected = "--run-config: expected TOML, such as key='text' or key=1"
+            raise ValueError(f"{expected}, got {override!r}: {error}") from None
     return config
 
 

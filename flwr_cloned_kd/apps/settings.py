@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -384,6 +385,8 @@ class Settings:
             self._fail("guard_threshold", f"above 0 and below 1 for the guard {self.guard}")
         if not all(edge.isdecimal() and int(edge) < self.num_edges for edge in self.noisy):
             self._fail("noisy_edges", f"partition ids below {self.num_edges}, comma-separated")
+        if self.checkpoint and not Path(self.checkpoint).is_absolute():
+            self._fail("checkpoint", "an absolute path")  # an app runs in a folder of its own
         if self.keep_rounds and not self.checkpoint:
             self._fail("keep_rounds", "0 without a checkpoint")
 

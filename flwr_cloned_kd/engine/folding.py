@@ -36,15 +36,7 @@ def folded(module: nn.Module, inputs: Inputs) -> nn.Module:
         candidate.set_submodule(normalisation, nn.Identity())
     error = (outputs_of(candidate, inputs) - expected).abs().max()
     is_equal = bool(error <= MAX_RELATIVE_ERROR * expected.abs().max())
-    return channels_last(candidate) if is_equal else module
-
-
-def channels_last(module: nn.Module) -> nn.Module:
-    """Store a model's weights with the channels last, unless it has weights of 3-D convolutions."""
-    tensors = (*module.parameters(), *module.buffers())
-    if any(tensor.dim() == 5 for tensor in tensors):
-        return module
-    return module.to(memory_format=torch.channels_last)
+    return candidate if is_equal else module
 
 
 def _watch(module: nn.Module, inputs: Inputs) -> tuple[list[tuple[str, str]], Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from .ensemble import Ensemble, StateDict, frozen_modules, member, size, trained_state
-from .folding import channels_last, folded
+from .folding import folded
 from .nested import Inputs, each_tensor, num_rows, outputs_of, rows_of, tensors_of
 from .runtime import Plan, Runtime, is_small, plan
 
@@ -66,8 +66,11 @@ def lanes(
     if chosen.workers > 1 and _draws_random_numbers(model, two):
         chosen = plan_for(replace(runtime, batch_clones=False, workers=1))
     fold_inputs = None if training or is_small(model) else two
+    layout = _layout(model, two, chosen)
     return [
-        _lane_of_one(model, member(ensemble, index), chosen, training, batch_size, fold_inputs)
+        _lane_of_one(
+            model, member(ensemble, index), chosen, training, batch_size, fold_inputs, layout
+        )
         for index in range(size(ensemble))
     ], chosen
 
@@ -129,19 +132,20 @@ def _lane_of_one(
     training: bool,
     batch_size: int,
     fold_inputs: Inputs | None,
+    layout: torch.memory_format,
 ) -> Lane:
     """Put one clone on the device; with `fold_inputs`, fold its normalisation where possible."""
     module = _template(model, chosen, training)
     module.load_state_dict(params, strict=False)
-    channels_last(module)
+    module.to(memory_format=layout)
     if fold_inputs is not None:
-        module = folded(module, fold_inputs)
+        module = folded(module, fold_inputs).to(memory_format=layout)
     # The shapes are static: the smaller last batch of an epoch runs uncompiled, because compiling
     # the model again for it would take longer.
     compiled = torch.compile(module, dynamic=False) if chosen.compile else module
 
     def run(inputs: Inputs) -> Tensor:
-        x = each_tensor(_first, inputs)
+        x = each_tensor(lambda tensor: _in_layout(tensor[0], layout), inputs)
         runs = compiled if num_rows(x) == batch_size else module
         with _autocast(chosen):
             outputs = outputs_of(runs, x)
@@ -176,10 +180,32 @@ def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: b
     return Lane(leaves, run, lambda: {name: tensor.detach() for name, tensor in state.items()})
 
 
-def _first(tensor: Tensor) -> Tensor:
-    """Return the inputs of the only clone, with the channels of images last in memory."""
-    x = tensor[0]
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+def _in_layout(inputs: Tensor, layout: torch.memory_format) -> Tensor:
+    """Store images `[B, C, H, W]` in this layout; other inputs stay as they are."""
+    return inputs.contiguous(memory_format=layout) if inputs.dim() == 4 else inputs
+
+
+def _layout(model: nn.Module, inputs: Inputs, chosen: Plan) -> torch.memory_format:
+    """Choose how images and weights are stored: with the channels last where the model can run so.
+
+    Convolutions are faster with the channels last. But a model that calls `view` on the output of a
+    convolution, as the network of Flower's PyTorch app does, runs with the channels first only. The
+    trial is in evaluation mode, so that nothing is drawn and no statistics change.
+    """
+    sizes = [tensor.dim() for tensor in (*model.parameters(), *model.buffers())]
+    if 5 in sizes:  # weights of 3-D convolutions have another layout
+        return torch.contiguous_format
+    if 4 not in sizes and all(tensor.dim() != 4 for tensor in tensors_of(inputs)):
+        return torch.channels_last  # nothing has channels
+    module = _template(model, chosen, training=False).to(memory_format=torch.channels_last)
+    devices = [chosen.device] * (torch.device(chosen.device).type == "cuda")
+    two = each_tensor(lambda tensor: _in_layout(tensor, torch.channels_last), inputs)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _autocast(chosen):
+            outputs_of(module, two)
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _autocast(chosen: Plan) -> torch.autocast:

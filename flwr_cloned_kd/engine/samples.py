@@ -199,9 +199,10 @@ def _collected(data: Any, label_key: str | None) -> tuple[Inputs, Tensor]:
     """Read every sample of a dataset into memory that is allocated once."""
     sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not sized or isinstance(data, str | bytes):
+        hint = "; pass its .dataset" if hasattr(data, "dataset") else ""  # of a DataLoader
         raise ValueError(
             "expected (inputs, labels), a dict of columns or a dataset with a length, "
-            f"got {type(data).__name__}"
+            f"got {type(data).__name__}{hint}"
         )
     if not len(data):
         raise ValueError("expected at least one sample, got none")

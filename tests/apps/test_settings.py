@@ -205,6 +205,7 @@ def test_the_range_of_a_knob_is_that_of_the_object_it_is_for(name, make):
         ({"fedasync-alpha": 1.5}, "fedasync-alpha: expected a fraction"),
         ({"fedasync-alpha": 0}, "fedasync-alpha: expected a fraction, above 0 to 1, got 0.0"),
         ({"fedbuff-size": 0}, "fedbuff-size: expected at least 1"),
+        ({"checkpoint": "core.ckpt"}, "checkpoint: expected an absolute path, got 'core.ckpt'"),
         ({"device": "tpu9"}, "device: expected auto, cpu, cuda, .* got 'tpu9'"),
     ],
 )

@@ -73,6 +73,18 @@ class Chooses(nn.Module):
         return self.head(x.flatten(1)) if x.sum() > 0 else self.head(-x.flatten(1))
 
 
+class Views(nn.Module):
+    """Calls `view` on its activations, as the network of Flower's PyTorch app does."""
+
+    def __init__(self, *, convolve, flatten=torch.Tensor.view):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1) if convolve else nn.Identity()
+        self.head, self.flatten = nn.Linear(3 * 8 * 8, 3), flatten
+
+    def forward(self, x):
+        return self.head(self.flatten(self.convolution(x), (-1, 3 * 8 * 8)))
+
+
 CANNOT = {
     "tied": tied,
     "dropout": lambda: mlp(nn.Dropout(0.5)),
@@ -271,3 +283,26 @@ def test_compiled_clones_train_as_uncompiled_ones_and_compile_once(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 2
     expected = predict(cnn(), actual, images(300)[0], runtime=ONE_BY_ONE)
     assert (logits - expected).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("num_clones", [1, 3])
+@pytest.mark.parametrize("convolve", [True, False], ids=["convolution", "linear"])
+def test_a_model_that_views_its_activations_trains_as_one_that_reshapes_them(convolve, num_clones):
+    colours = DATA[0].repeat(1, 3, 1, 1), DATA[1]
+    views = seeded(Views(convolve=convolve), 0)
+    reshapes = seeded(Views(convolve=convolve, flatten=torch.Tensor.reshape), 0)
+    start = clone(views.state_dict(), num_clones)
+    generator = torch.get_rng_state()
+    actual = fit(views, start, colours, RECIPE, seed=4, runtime=ONE_BY_ONE)
+    assert torch.equal(torch.get_rng_state(), generator)
+    expected = fit(reshapes, start, colours, RECIPE, seed=4, runtime=ONE_BY_ONE)
+    assert distance(actual, expected) < ROUNDING
+    outputs = predict(views, actual, colours[0], runtime=CPU)
+    assert torch.allclose(outputs, predict(reshapes, actual, colours[0], runtime=CPU), atol=1e-5)
+
+
+def test_images_of_a_model_that_can_run_so_have_their_channels_last():
+    leaves = lanes_of(cnn(), ONE_BY_ONE)[0][0].leaves
+    weights = [leaf for leaf in leaves if leaf.dim() == 4 and leaf.shape[1] > 1]
+    assert weights
+    assert all(leaf.is_contiguous(memory_format=torch.channels_last) for leaf in weights)

@@ -316,7 +316,7 @@ REFUSED = {
     "a loader": (
         DataLoader(TensorDataset(INPUTS, LABELS)),
         r"expected \(inputs, labels\), a dict of columns or a dataset with a length, "
-        "got DataLoader",
+        r"got DataLoader; pass its \.dataset",
     ),
     "a path": ("digits.csv", r"expected \(inputs, labels\), .* got str"),
     "a stream": (

@@ -113,7 +113,7 @@ def test_two_runs_and_the_plain_loop_give_the_same_rounds(tmp_path):
         ("variant='CEN'", "run-config variant: expected one of IsPP, IPP"),
         ("varaint='CEM'", "run-config varaint: expected a known key (nearest: variant)"),
         ("lr=", "--run-config: expected key=value pairs, got 'lr='"),
-        ("model=resnet-8", "--run-config model=resnet-8"),
+        ("model=resnet-8", "expected TOML, such as key='text' or key=1, got 'model=resnet-8'"),
     ],
 )
 def test_a_wrong_setting_is_an_error_before_a_process_starts(config, message):
