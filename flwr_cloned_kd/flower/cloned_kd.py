@@ -20,7 +20,7 @@ from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
 from ..method.core import Core, edge_seed
-from ..method.rollback import KeptAnswer, KeptRound, accepted_of, disagreement, replay
+from ..method.rollback import KeptAnswer, KeptRound, accepted_of, contradiction, replay
 from ..method.state import CoreState
 from ..method.variants import Send, cloned
 from .kept_rounds import Entry, KeptRounds
@@ -217,13 +217,13 @@ class ClonedKD(AsyncStrategy):
         )
         return {*numbers, *rebuilt.refused}
 
-    def disagreement(self) -> dict[str, float]:
+    def contradiction(self) -> dict[str, float]:
         """Return how much what each kept edge has sent contradicts the core as it is now.
 
         Call it from `on_round` or when no run is going on, because it uses the model of the core.
 
         Returns:
-            Edge -> the score of `method.rollback.disagreement`, a fraction in [0, 1]; the highest
+            Edge -> the score of `method.rollback.contradiction`, a fraction in [0, 1]; the highest
             one of an edge with several kept answers.
 
         Raises:
@@ -231,7 +231,7 @@ class ClonedKD(AsyncStrategy):
         """
         scores = dict[str, float]()
         for answer in self._kept.answers(trained_state(self.core.model)):
-            score = disagreement(self.core, self.current.params, answer.ensemble)
+            score = contradiction(self.core, self.current.params, answer.ensemble)
             scores[answer.edge] = max(score, scores.get(answer.edge, 0.0))
         return scores
 

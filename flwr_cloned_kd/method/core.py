@@ -77,7 +77,8 @@ class Core:
         distillation: Phase 2; None is the preset `practical` of `recipe`.
         guard: evidence -> why an edge is refused, or None, see `guards`; None accepts every edge.
         trust: evidence before the distillation -> how far the core trusts the edge, in [0, 1]: the
-            number multiplies the KD term and the movement of the edge. None trusts every edge.
+            number multiplies the KD term and the movement of the edge; 0 refuses the edge. None
+            trusts every edge.
         validation: labelled data on which evidence is measured; None: the core data. Data that the
             core does not train on shows more.
         held_out: data on which accuracies and the consensus are measured; None measures none.
@@ -283,6 +284,8 @@ class Core:
                 _check_trust(trust)
                 answer.result = result._replace(trust=result.trust * trust)
                 metrics["trust"] = trust
+                if trust == 0:  # It would teach nothing, and take the place of another ensemble.
+                    metrics.update({"accepted": 0.0, "cause": "trust: expected above 0, got 0"})
             self._ask_guard([answer])
         return answer
 

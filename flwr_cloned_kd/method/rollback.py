@@ -210,7 +210,7 @@ def accepted_of(
     )
 
 
-def disagreement(core: Core, params: StateDict, edge: Ensemble) -> float:
+def contradiction(core: Core, params: StateDict, edge: Ensemble) -> float:
     """Return the share of the core's data that exactly one of core and ensemble predicts correctly.
 
     The data are the validation data of the core, or its own data without them. An ensemble that

@@ -487,7 +487,7 @@ def test_an_edge_with_wrong_labels_has_the_highest_disagreement(path):
         return Message(content, reply_to=message)
 
     strategy = ClonedKD(core, num_clones=2, checkpoint=path, keep_rounds=9)
-    strategy.on_round = lambda row: scores.append(strategy.disagreement())
+    strategy.on_round = lambda row: scores.append(strategy.contradiction())
     first = ArrayRecord(core.pretrain())
     strategy.start(VirtualGrid([answer] * 4, compute=1.0), first, num_rounds=4)
     assert all(row["accepted"] for row in strategy.history)

@@ -213,11 +213,21 @@ def test_half_the_trust_is_half_the_movement():
     assert same_bits(half, student_start(core, now, [EdgeResult(edge)], 0.5))
 
 
-def test_an_edge_without_trust_moves_nothing_and_teaches_nothing():
-    core = core_of(distillation={"student_start": 1.0}, trust=lambda evidence: 0.0)
+def test_an_edge_without_trust_is_refused_before_the_distillation():
+    core = core_of(trust=lambda evidence: 0.0)
+    state = start_of(core)
+    after, metrics = core.distill(state, edge_of(0))
+    assert after is state
+    assert metrics["accepted"] == 0
+    assert metrics["cause"] == "trust: expected above 0, got 0"
+    assert "train-accuracy" not in metrics
+
+
+def test_an_edge_that_the_caller_does_not_trust_moves_nothing_and_teaches_nothing():
+    core = core_of(distillation={"student_start": 1.0})
     good, other = results_of(2)
-    first, _ = core.distill(start_of(core), good.edge)
-    second, _ = core.distill(start_of(core), other.edge)
+    first, _ = core.distill_all(start_of(core), [good._replace(trust=0)])
+    second, _ = core.distill_all(start_of(core), [other._replace(trust=0)])
     assert same_bits(first.params, second.params)
 
 

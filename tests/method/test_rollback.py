@@ -8,7 +8,7 @@ import torch
 
 from flwr_cloned_kd import Recipe, initialise
 from flwr_cloned_kd.method.core import EdgeResult
-from flwr_cloned_kd.method.rollback import KeptAnswer, KeptRound, disagreement, replay
+from flwr_cloned_kd.method.rollback import KeptAnswer, KeptRound, contradiction, replay
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import images, mlp, same_bits
 
@@ -218,7 +218,7 @@ def test_an_ensemble_disagrees_where_only_one_of_the_two_is_right():
     core = tiny_core()
     params = start_of(core).params
     same = {name: torch.stack([tensor] * 2) for name, tensor in params.items()}
-    assert disagreement(core, params, same) == 0
+    assert contradiction(core, params, same) == 0
     other = dict(same)
     name, bias = list(other.items())[-1]
     other[name] = bias + torch.tensor([0.0, 0.0, 1e6])  # always the last class
@@ -227,7 +227,7 @@ def test_an_ensemble_disagrees_where_only_one_of_the_two_is_right():
     core.model.load_state_dict(params)
     right = core.model.eval()(inputs).argmax(1) == labels
     expected = (right != (labels == 2)).double().mean()
-    assert disagreement(core, params, other) == pytest.approx(float(expected))
+    assert contradiction(core, params, other) == pytest.approx(float(expected))
 
 
 def test_the_rule_of_trust_is_asked_again_and_kept_with_the_answer():
