@@ -264,7 +264,7 @@ class Core:
         held_out_logits = (
             None if self.held_out is None else self._edge_logits(result.edge, self.held_out[0])
         )
-        metrics = {"accepted": 1.0, "known": self._known(logits)}
+        metrics: dict[str, Any] = {"accepted": 1.0, "known": self._known(logits)}
         answer = _Examined(result, logits, held_out_logits, None, metrics)
         if self._examiner is not None and core_outputs is not None:
             validation = self.validation
