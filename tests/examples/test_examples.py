@@ -92,6 +92,8 @@ def test_two_runs_and_the_plain_loop_give_the_same_rounds(tmp_path):
         runs.append(rows(tmp_path / name))
         (folder,) = (tmp_path / name).iterdir()
         assert {path.name for path in folder.iterdir()} == {
+            "config.json",
+            "events-cloned-kd.jsonl",
             "metrics.jsonl",
             "summary.json",
             "accuracy.png",
