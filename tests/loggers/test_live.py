@@ -274,7 +274,7 @@ def test_in_the_loop_of_flower_the_view_is_not_shown(flower_log):
 SCRIPT = """
 import fcntl
 import termios
-import threading
+import time
 from flwr.supercore.task_identity import TaskIdentity
 from flwr_cloned_kd import LiveView
 from tests.helpers.fake_grid import FakeGrid
@@ -284,7 +284,8 @@ class Waits(Tally):
     def absorb(self, dispatch, content, staleness):
         if dispatch.edge == "2":
             print("waiting")
-            threading.Event().wait(60)
+            for _ in range(600):  # A signal just before a long wait would be seen only after it.
+                time.sleep(0.1)
         return super().absorb(dispatch, content, staleness)
 
 # Standard input becomes the terminal that controls this process: its Ctrl-C is a signal.
