@@ -273,6 +273,7 @@ def test_in_the_loop_of_flower_the_view_is_not_shown(flower_log):
 
 SCRIPT = """
 import fcntl
+import signal
 import termios
 import time
 from flwr.supercore.task_identity import TaskIdentity
@@ -284,10 +285,11 @@ class Waits(Tally):
     def absorb(self, dispatch, content, staleness):
         if dispatch.edge == "2":
             print("waiting")
-            for _ in range(600):  # A signal just before a long wait would be seen only after it.
-                time.sleep(0.1)
+            time.sleep(60)
         return super().absorb(dispatch, content, staleness)
 
+# A process in the background of a shell ignores Ctrl-C, and so do the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Standard input becomes the terminal that controls this process: its Ctrl-C is a signal.
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
