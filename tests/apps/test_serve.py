@@ -98,6 +98,8 @@ def test_a_resumed_run_undoes_the_edges_that_its_settings_name(tmp_path):
     play(config | {"num-rounds": 2})
     rows = play(config | {"num-rounds": 2, "quarantine": "0, 7"}).rows
     assert [row.get("undone") for row in rows] == [1, None]
+    summary = play(config | {"num-rounds": 2, "quarantine": "0, 1"}).summary
+    assert summary["final_core_accuracy"] == summary["first_core_accuracy"]
 
 
 def test_a_resumed_run_reports_the_rounds_before_it_too(tmp_path):
