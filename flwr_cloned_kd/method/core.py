@@ -26,7 +26,7 @@ from ..engine.samples import as_dataset
 from ..engine.tasks import Task, classification, counting
 from .consensus import Venn
 from .distillation import Distillation
-from .evidence import Evidence, Examiner
+from .evidence import Background, Evidence, Examiner
 from .guards import Guard, Trust
 from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
@@ -205,8 +205,8 @@ class Core:
                 raise ValueError(f"weight: expected at least 0, got {result.weight}")
             _check_trust(result.trust)
             _check_clone_axis(result.edge, state.params)
-        core_outputs = None if self._examiner is None else self._examiner.outputs(state.params)
-        answers = [self._examine(state, result, core_outputs) for result in results]
+        background = None if self._examiner is None else self._examiner.background(state)
+        answers = [self._examine(state, result, background) for result in results]
         accepted = [answer for answer in answers if answer.metrics["accepted"]]
         if accepted:
             state = self._learn(state, accepted)
@@ -253,12 +253,12 @@ class Core:
         return Examiner(self.model, self.validation or self.dataset, self.task, self.runtime)
 
     def _examine(
-        self, state: CoreState, result: EdgeResult, core_outputs: Tensor | None
+        self, state: CoreState, result: EdgeResult, background: Background | None
     ) -> _Examined:
         """Measure what an edge returned; the guard may refuse it before the distillation.
 
         Args:
-            core_outputs: of the core for the validation data; None without an examiner.
+            background: of the core; None without an examiner.
         """
         logits = self._edge_logits(result.edge, self.dataset[0])
         held_out_logits = (
@@ -266,13 +266,13 @@ class Core:
         )
         metrics: dict[str, Any] = {"accepted": 1.0, "known": self._known(logits)}
         answer = _Examined(result, logits, held_out_logits, None, metrics)
-        if self._examiner is not None and core_outputs is not None:
+        if self._examiner is not None and background is not None:
             validation = self.validation
             answer.evidence = self._examiner.before(
                 state,
                 result.edge,
                 state.params if result.sent is None else result.sent,
-                core_outputs=core_outputs,
+                background=background,
                 edge_outputs=logits
                 if validation is None
                 else self._edge_logits(result.edge, validation[0]),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,15 @@ def share(mask: Tensor) -> float:
     return float(mask.double().mean())
 
 
+class Background(NamedTuple):
+    """What is the same for all answers to one core."""
+
+    core_outputs: Tensor
+    """`[N, ...]`, of the core for the validation data."""
+    memory: Tensor | None
+    """Mask `[N]` of the memory, as in `Evidence`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Examiner:
     """Measures evidence.
@@ -149,13 +158,17 @@ class Examiner:
         """Compute the outputs `[N, ...]` of a core."""
         return predict(self.model, clone(params, 1), self.data[0], runtime=self.runtime)[0]
 
+    def background(self, state: CoreState) -> Background:
+        """Measure the core and its memory, once for all answers of a round."""
+        return Background(self.outputs(state.params), self._memory(state.memory))
+
     def before(
         self,
         state: CoreState,
         edge: Ensemble,
         sent: StateDict,
         *,
-        core_outputs: Tensor,
+        background: Background,
         edge_outputs: Tensor,
         earlier: Sequence[Mapping[str, Any]] = (),
     ) -> Evidence:
@@ -165,7 +178,7 @@ class Examiner:
             state: the core.
             edge: `[E, ...]`, the clones.
             sent: the model that the edge was sent.
-            core_outputs: `[N, ...]` of the core.
+            background: of the core, as `background` returns it.
             edge_outputs: `[E, N, ...]` of the clones.
             earlier: metrics of the earlier rounds of this edge, oldest first.
 
@@ -173,6 +186,7 @@ class Examiner:
             ValueError: if the mean of the clones is not finite.
         """
         labels = self.data[1]
+        core_outputs = background.core_outputs
         length, direction = self._movement(state, edge, sent)
         return Evidence(
             labels=counting(labels, labels, self.task),
@@ -182,7 +196,7 @@ class Examiner:
             movement=length,
             direction=direction,
             history=state.train_accuracy,
-            memory=self._memory(state.memory),
+            memory=background.memory,
             loss_before=float(self.task.loss(core_outputs, labels)),
             earlier=tuple(earlier),
         )

@@ -10,6 +10,7 @@ import torch
 from flwr_cloned_kd import CoreState, Limit, Recipe, correct, movement, predict, train_edge
 from flwr_cloned_kd.engine.ensemble import clone, mean
 from flwr_cloned_kd.method import core as core_module
+from flwr_cloned_kd.method import evidence as evidence_module
 from flwr_cloned_kd.method.core import EdgeResult, student_start
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, distance, images, mlp, same_bits, snapshot
@@ -287,3 +288,18 @@ def test_a_plain_model_in_the_place_of_an_ensemble_is_named():
         core.distill(state, state.params)
     with pytest.raises(ValueError, match="got no such tensor"):
         core.distill(state, {})
+
+
+def test_the_memory_is_predicted_once_for_all_edges_of_a_round(monkeypatch):
+    core = core_of(guard=lambda evidence: None)
+    state, _ = core.distill(start_of(core), edge_of(0))
+    predicted = []
+    original = evidence_module.predict
+
+    def predict(model, ensemble, *args, **options):
+        predicted.append(ensemble)
+        return original(model, ensemble, *args, **options)
+
+    monkeypatch.setattr(evidence_module, "predict", predict)
+    core.distill_all(state, results_of(3))
+    assert sum(ensemble is state.memory[0] for ensemble in predicted) == 1
