@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from flwr_cloned_kd import Runtime
 from flwr_cloned_kd.apps.machine import capability
 from flwr_cloned_kd.apps.settings import Settings
 from flwr_cloned_kd.engine.ensemble import Ensemble, StateDict
@@ -48,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     settings = Settings()
     if options.data:
         settings = Settings(data_path=str(options.data.absolute()), **CIFAR)
+    settings = replace(settings, device=options.device, cuda_graphs=options.cuda_graphs)
     if options.epochs:
         epochs = ("core_epochs", "edge_epochs", "distill_epochs")
         settings = replace(settings, **dict.fromkeys(epochs, options.epochs))
     compressor, compress = compression()
     results: dict[str, Any] = {
-        "hardware": capability(torch.device("cpu")),
+        "hardware": capability(Runtime(device=options.device).target),
         "torch": torch.__version__,
         "dataset": settings.dataset,
         "compressor": compressor,
@@ -82,6 +84,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--forms", choices=WIRE_DTYPES, nargs="+", default=[*WIRE_DTYPES], help="(default: all)")
     add("--data", type=Path, help="CIFAR-100 as .npz, ResNet-8, short schedule (default: digits)")
     add("--epochs", type=int, help="epochs of each phase (default: those of the demo)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add("--cuda-graphs", action="store_true", help="record training steps, on a GPU")
     add("--json", type=Path, help="save the results after every run")
     return parser.parse_args(argv)
 
