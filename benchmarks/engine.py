@@ -25,6 +25,7 @@ from benchmarks.machine import ceilings, demand, peak_bytes, reset_peak, seconds
 from flwr_cloned_kd import (
     Recipe,
     Runtime,
+    __version__,
     clone,
     crop_and_flip,
     digits_cnn,
@@ -316,8 +317,8 @@ def summary(
     return {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": capability(setup.device),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchvision", "flwr-cloned-kd")},
+        "versions": {"python": platform.python_version(), "flwr-cloned-kd": __version__}
+        | {name: version(name) for name in ("torch", "torchvision")},
         "dataset": options.dataset,
         "model": options.model,
         "samples": len(setup.data[1]),

@@ -160,9 +160,10 @@ class RecordedStep:
         except Exception as error:
             # An error of the step also breaks the end of the recording, whose error hides it.
             cause = causes[0] if causes else error
+            first_line = str(cause).partition("\n")[0]  # CUDA's errors have several
             raise RuntimeError(
-                "cuda_graphs: expected a training step that a CUDA graph can record, "
-                f"got {type(cause).__name__}: {cause}; cuda_graphs=False trains with plain steps"
+                "cuda_graphs: expected a training step that a CUDA graph can record, got "
+                f"{type(cause).__name__}: {first_line}; cuda_graphs=False trains with plain steps"
             ) from cause
 
     def record(self, run: Callable[[], Outcome]) -> tuple[Callable[[], None], Outcome]:

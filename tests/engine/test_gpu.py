@@ -93,6 +93,7 @@ def test_dropout_draws_the_same_numbers_when_recorded():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of PyTorch's own doing
 def test_compiled_clones_give_the_same_bits_when_recorded():
     compiled = replace(PLAIN, compile=True)
     plain = trained(cnn(), compiled)
@@ -168,6 +169,7 @@ def test_the_targets_of_a_gpu_equal_those_of_the_cpu():
     assert (targets[0] - targets[1]).abs().max() < ROUNDING
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_the_processor_does_not_wait_for_the_targets_of_a_batch():
     model = cnn()
     bank = TargetBank(

@@ -319,7 +319,8 @@ def test_what_cannot_be_recorded_trains_with_plain_steps_and_one_line(
 @pytest.mark.parametrize("batched", [False, True], ids=["one by one", "together"])
 @pytest.mark.parametrize("optimizer", [optim.AdamW, optim.NAdam, optim.RMSprop])
 def test_a_recorded_step_of_an_optimizer_equals_a_plain_one_on_a_gpu(optimizer, batched):
-    recipe = replace(ADAMW, optimizer=optimizer, epochs=4, max_grad_norm=0.5)
+    # Recorded steps compute the same update in another order; for the eps see CALM.
+    recipe = replace(ADAMW, optimizer=partial(optimizer, eps=1e-3), epochs=4, max_grad_norm=0.5)
     runtime = Runtime(device="cuda", batch_clones=batched)
     recorded = trained(recipe, replace(runtime, cuda_graphs=True))
     assert distance(recorded, trained(recipe, runtime)) < 1e-4
