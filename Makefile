@@ -26,7 +26,7 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2 --durations=5
-	$(BIN)/python -m pytest -m "simulation and not slow" --durations=5
+	$(BIN)/python -m pytest -m "simulation and not slow" --numprocesses 2 --durations=5
 	$(MAKE) --no-print-directory package
 
 deployment: .venv/.dev
@@ -67,7 +67,8 @@ docs: .venv/.dev
 
 .venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
-	$(PIP_INSTALL) --editable ".[dev]"
+	@# Python compiles what the tests import; pip would compile every module of every package.
+	$(PIP_INSTALL) --no-compile --editable ".[dev]"
 	@touch $@ .venv/.demo .venv/.dist
 
 .venv/.dist: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
