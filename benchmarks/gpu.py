@@ -2,7 +2,7 @@
 
 The checks, in their order:
   ceilings   matrix products and a large copy
-  equality   every path on the GPU against the CPU (tests/engine/test_gpu.py)
+  equality   every path on the GPU against the CPU (tests/engine, those marked gpu)
   engine-*   the engine against the textbook, with one choice of switches each (benchmarks.engine)
   steps      a training step, plain and recorded as a CUDA graph (benchmarks.steps)
   round      one CEM round of the paper's schedule, without Phase 0
@@ -129,7 +129,7 @@ def all_checks(device: str, archive: Path, folder: Path) -> list[Check]:
         return Check(name, command, output, read_numbers)
 
     results = folder / "equality.xml"
-    tests = ["pytest", "-m", "gpu", "tests/engine/test_gpu.py", f"--junitxml={results}"]
+    tests = ["pytest", "-m", "gpu", "tests/engine", f"--junitxml={results}"]
     data = ["--dataset", "npz", "--data-path", str(archive), "--device", device]
     paper = [*data, "--out", str(folder / "full"), *work.paper.split()]
     figure = ["flwr_cloned_kd.paper", "fig5", "--rows", "CEM", "--seeds", "1", *paper]

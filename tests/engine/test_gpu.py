@@ -1,6 +1,6 @@
 """A GPU gives the results of the CPU, and recorded steps give the results of plain steps.
 
-Not part of CI, which has no GPU: `python -m pytest -m gpu tests/engine/test_gpu.py`.
+Not part of CI, which has no GPU: `python -m pytest -m gpu tests/engine`.
 """
 
 from concurrent.futures import ThreadPoolExecutor
