@@ -36,6 +36,7 @@ from ..method.calibration import calibrate
 from ..method.core import Core
 from ..method.distillation import Distillation
 from ..method.guards import (
+    DEFAULT_GUARD,
     Guard,
     Limit,
     TrainAccuracyDrop,
@@ -159,6 +160,8 @@ def guard(settings: Settings, core: Core) -> Guard | None:
     """Make the guard of a run, if it has one; "gap" runs Phase 0 and trains stand-ins for edges."""
     threshold = settings.guard_threshold
     match settings.guard:
+        case "auto":
+            return None if settings.preset == "paper" else DEFAULT_GUARD
         case "jump":
             return TrainAccuracyJump(threshold)
         case "drop":

@@ -23,7 +23,7 @@ from ..method.variants import VARIANTS
 
 WATCHERS = ("live", "tensorboard", "mlflow", "wandb")
 STRATEGIES = ("cloned-kd", "fedavg", "fedprox", "fedasync", "fedbuff")
-GUARDS = ("none", "jump", "drop", "validation", "gap")
+GUARDS = ("auto", "none", "jump", "drop", "validation", "gap")
 BY_FALSE_ALARMS = ("validation", "gap")
 """Guards whose threshold is the probability of refusing an honest edge."""
 TRUSTS: dict[str, Trust | None] = {"full": None, "relative-accuracy": relative_accuracy}
@@ -230,11 +230,12 @@ class Settings:
         1.0, UNRELIABLE, "share of a noisy edge's batches whose labels are shuffled"
     )
     guard: Annotated[str, one_of(*GUARDS)] = setting(
-        "none",
+        "auto",
         UNRELIABLE,
         "what refuses an edge: a jump or drop of the core's training accuracy, a significant drop "
         "of its accuracy on the validation data, or an ensemble that is worse than those of honest "
-        "stand-ins",
+        "stand-ins; auto is validation with a guard-threshold of 0.01, and none for the preset "
+        "paper",
     )
     guard_threshold: Fraction = setting(
         0.1,

@@ -27,7 +27,7 @@ from ..engine.tasks import Task, classification, counting
 from .consensus import Venn
 from .distillation import Distillation
 from .evidence import Background, Evidence, Examiner
-from .guards import Guard, Trust
+from .guards import DEFAULT_GUARD, Guard, Trust
 from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
 from .state import CoreState
@@ -75,7 +75,9 @@ class Core:
         task: what the outputs of the model mean.
         recipe: Phase 0.
         distillation: Phase 2; None is the preset `practical` of `recipe`.
-        guard: evidence -> why an edge is refused, or None, see `guards`; None accepts every edge.
+        guard: evidence -> why an edge is refused, or None, see `guards`. The default refuses an
+            edge if the core is worse on its own data afterwards, by more than chance explains;
+            None accepts every edge, as Algorithm 1 does.
         trust: evidence before the distillation -> how far the core trusts the edge, in [0, 1]: the
             number multiplies the KD term and the movement of the edge; 0 refuses the edge. None
             trusts every edge.
@@ -108,7 +110,7 @@ class Core:
     dataset: Dataset
     recipe: Recipe = field(default_factory=Recipe)
     distillation: Distillation = None  # type: ignore[assignment]  # until __post_init__
-    guard: Guard | None = None
+    guard: Guard | None = DEFAULT_GUARD
     trust: Trust | None = None
     validation: Dataset | None = None
     held_out: Dataset | None = None

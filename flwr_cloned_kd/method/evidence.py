@@ -40,6 +40,8 @@ class Evidence:
             oldest first; fractions in [0, 1].
         memory: mask `[N]` of the mean prediction of the ensembles in the memory; None if the memory
             is empty.
+        samples: `[N]`, the number of the sample that each element belongs to; None if each element
+            is a sample.
         loss_before: loss of the core before the round.
         earlier: rows of the earlier rounds of this edge, oldest first: what `Core.distill` has
             returned, and in a run the other entries of `on_round`; empty if it is unknown which
@@ -75,6 +77,7 @@ class Evidence:
     direction: float | None
     history: tuple[float, ...]
     memory: Tensor | None = None
+    samples: Tensor | None = None
     loss_before: float | None = None
     earlier: tuple[Mapping[str, Any], ...] = ()
     after: Tensor | None = None
@@ -197,6 +200,7 @@ class Examiner:
             direction=direction,
             history=state.train_accuracy,
             memory=background.memory,
+            samples=self._samples(),
             loss_before=float(self.task.loss(core_outputs, labels)),
             earlier=tuple(earlier),
         )
@@ -215,6 +219,14 @@ class Examiner:
             loss_after=float(self.task.loss(core_outputs, self.data[1])),
             train_accuracy=train_accuracy,
         )
+
+    def _samples(self) -> Tensor | None:
+        """Return the number of the sample of each element, None if each element is a sample."""
+        labels = self.data[1]
+        if labels.dim() == 1:
+            return None
+        numbers = torch.arange(len(labels)).view(-1, *[1] * (labels.dim() - 1))
+        return counting(numbers.expand_as(labels), labels, self.task)
 
     def _mask(self, outputs: Tensor) -> Tensor:
         labels = self.data[1]

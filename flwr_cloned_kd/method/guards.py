@@ -80,15 +80,16 @@ def loss_rise(evidence: Evidence) -> float | None:
 def drop_confidence(evidence: Evidence) -> float | None:
     """Return how sure it is that the core's accuracy on the validation data fell.
 
-    It is 1 - p, where p is the one-sided p-value of McNemar's exact test. If an element that
-    changes is equally likely to be lost and to be gained, p is the probability that at least as
-    many of the changed elements are lost as were lost here. With `Limit(drop_confidence, 0.99)` a
-    core that becomes neither better nor worse refuses at most one edge in a hundred. The score is
-    a probability in [0, 1], and None before the distillation; its threshold needs no calibration.
+    It is 1 - p, where p is the one-sided p-value of McNemar's exact test. If a sample that changes
+    is equally likely to become worse and to become better, p is the probability that at least as
+    many of the changed samples become worse as did here. With `Limit(drop_confidence, 0.99)`, the
+    guard that a `Core` has by default, a core that becomes neither better nor worse refuses at most
+    one edge in a hundred. The score is a probability in [0, 1], and None before the distillation;
+    its threshold needs no calibration.
 
-    The test assumes that the elements are independent of each other. The tokens of one text and
-    the pixels of one image are not: for them the score is too high, and `calibrate` finds a
-    threshold for it.
+    A sample with several elements, such as the tokens of a text or the pixels of an image, becomes
+    better or worse by the number of its elements that are correct: the test assumes that the
+    samples are independent of each other, and the elements of one sample are not.
 
     Examples:
         >>> from flwr_cloned_kd import Limit, drop_confidence
@@ -96,8 +97,11 @@ def drop_confidence(evidence: Evidence) -> float | None:
     """
     if evidence.after is None:
         return None
-    lost = int((evidence.before & ~evidence.after).sum())
-    gained = int((~evidence.before & evidence.after).sum())
+    changes = evidence.after.int() - evidence.before.int()
+    if evidence.samples is not None:
+        changes = torch.bincount(evidence.samples, changes.double())
+    lost = int((changes < 0).sum())
+    gained = int((changes > 0).sum())
     changed = torch.tensor(float(lost + gained), dtype=torch.float64)
     losses = torch.arange(lost, lost + gained + 1, dtype=torch.float64)
     log_choices = changed.add(1).lgamma() - (losses + 1).lgamma() - (changed - losses + 1).lgamma()
@@ -203,6 +207,11 @@ class Limit:
             return None
         name = getattr(self.score, "__name__", type(self.score).__name__).replace("_", " ")
         return f"{name}: expected at most {self.threshold:.3f}, got {value:.3f}"
+
+
+DEFAULT_GUARD = Limit(drop_confidence, 0.99)
+"""The guard of a core by default: it refuses an edge after which the core is worse on the
+validation data, by more than chance explains."""
 
 
 @dataclass(frozen=True)

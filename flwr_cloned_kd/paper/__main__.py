@@ -108,6 +108,7 @@ def base_settings(options: argparse.Namespace) -> Settings:
         model=options.model or defaults["model"],
         augment="none" if digits else "crop-and-flip",
         num_edges=options.num_edges,
+        guard="none",  # The rows of a guard name it.
         core_epochs=options.core_epochs or defaults.get("core_epochs", epochs),
         edge_epochs=epochs,
         distill_epochs=epochs,

@@ -6,7 +6,16 @@ from statistics import fmean
 
 from .attacks import HONEST, HONEST_SPLITS, OMITTED, ROWS, UNGUARDED, Row
 from .rounds import SCORES, Record
-from .statistics import Results, Summary, core_accuracy, cost, final, spread
+from .statistics import (
+    Results,
+    Summary,
+    core_accuracy,
+    cost,
+    final,
+    mean_of_rounds,
+    spread,
+    worst_drop,
+)
 
 SKEWED = tuple(split for split in HONEST_SPLITS if split != "IID")
 
@@ -25,6 +34,8 @@ def _reduce_row(row: Row, results: Results) -> Summary:
         "split": row.split,
         "visits": row.num_visits,
         "final": final(runs),
+        "mean of rounds": mean_of_rounds(runs),
+        "worst drop": worst_drop(runs),
         **cost(runs[0]),
     }
     if row.reference in results and row.attack not in (HONEST, OMITTED):

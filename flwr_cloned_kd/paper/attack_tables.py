@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .attacks import DEFAULT_GUARD, DEFENCES, HONEST, OMITTED, UNGUARDED
+from .attacks import DEFAULT_GUARD, DEFENCES, HONEST, HONEST_SPLITS, OMITTED, UNGUARDED
 from .rounds import SCORES
 from .statistics import Summary
 from .style import blank_figure
@@ -132,6 +132,26 @@ def false_alarm_table(result: Summary) -> tuple[list[str], list[list[str]]]:
     return ["honest edges refused", *defences], lines
 
 
+def honest_table(result: Summary) -> tuple[list[str], list[list[str]]]:
+    """Show what the default guard does to a core that meets honest edges only, split by split."""
+    rows = [row for row in _honest(result) if row["defence"] in (UNGUARDED, DEFAULT_GUARD)]
+    rows.sort(key=lambda row: [*HONEST_SPLITS].index(row["split"]))
+    lines = [
+        [
+            row["split"],
+            row["defence"],
+            spread_cell(row["final"]),
+            spread_cell(row["mean of rounds"]),
+            f"{row['worst drop']:.3f}" if row["worst drop"] > 0 else NONE,
+            f"{row['honest refused']['mean']:.2f}",
+            str(row["final"]["n"]),
+        ]
+        for row in rows
+    ]
+    headings = ["honest edges", "guard", "last core", "mean over rounds", "largest fall in a round"]
+    return [*headings, "refused", SEEDS], lines
+
+
 def roc_table(heading: str, kind: str) -> Table:
     """Make a table of areas under the ROC: a line for each attack, a column for each score.
 
@@ -198,6 +218,7 @@ TABLES: dict[str, Table] = {
     "precision": score_table("refused that are bad", "precision", ".2f"),
     "backdoor": score_table("triggered, class 0", "backdoor", ".2f"),
     "false alarms": false_alarm_table,
+    "honest": honest_table,
     "roc": roc_table("area under the ROC", "roc"),
     "roc skewed": roc_table("area under the ROC, skewed honest edges", "roc skewed"),
     "cost": cost_table,

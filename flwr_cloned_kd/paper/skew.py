@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..apps.settings import Settings
@@ -23,7 +21,16 @@ from .methods import (
     over_seeds,
 )
 from .rounds import Record
-from .statistics import Results, Summary, core_accuracy, cost, curve, spread
+from .statistics import (
+    Results,
+    Summary,
+    core_accuracy,
+    cost,
+    curve,
+    final,
+    mean_of_rounds,
+    worst_drop,
+)
 from .style import blank_figure, dots
 from .tables import COST_HEADINGS, NONE, SEEDS, Table, cost_cells, spread_cell
 
@@ -140,14 +147,12 @@ def _reduce_row(method: str, split: str, runs: list[list[Record]]) -> Summary:
     limit = ROWS[method].after
     after = len(runs[0]) - 1 if limit is None else limit
     runs = [records[: 1 + after] for records in runs]
-    cores = [[core_accuracy(record) for record in records] for records in runs]
-    falls = [before - later for core in cores for before, later in pairwise(core)]
     return {
         "method": method,
         "split": split,
-        "final": spread([core[-1] for core in cores]),
-        "mean of rounds": spread([fmean(core[1:] or core) for core in cores]),
-        "worst drop": max(falls, default=0.0),
+        "final": final(runs),
+        "mean of rounds": mean_of_rounds(runs),
+        "worst drop": worst_drop(runs),
         "core": curve(runs, core_accuracy),
         **cost(runs[0]),
     }

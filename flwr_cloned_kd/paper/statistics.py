@@ -1,6 +1,7 @@
 """Mean and spread over seeds of the numbers in the records of runs."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -44,6 +45,23 @@ def core_accuracy(record: Record) -> float:
 def final(runs: list[list[Record]]) -> Summary:
     """Sum up the core's accuracy after the last round over seeds."""
     return spread([core_accuracy(records[-1]) for records in runs])
+
+
+def mean_of_rounds(runs: list[list[Record]]) -> Summary:
+    """Sum up over seeds the mean of the core's accuracy over the rounds after Phase 0.
+
+    A run without such rounds counts with its accuracy after Phase 0.
+    """
+    return spread([fmean(map(core_accuracy, records[1:] or records)) for records in runs])
+
+
+def worst_drop(runs: list[list[Record]]) -> float:
+    """Return the largest fall of the core's accuracy in one round of all seeds.
+
+    It is 0 without rounds after Phase 0, and negative if every round raises the accuracy.
+    """
+    pairs = [pair for records in runs for pair in pairwise(map(core_accuracy, records))]
+    return max([before - after for before, after in pairs], default=0.0)
 
 
 def cost(records: list[Record]) -> dict[str, int]:

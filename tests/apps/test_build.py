@@ -20,6 +20,7 @@ from flwr_cloned_kd import (
 from flwr_cloned_kd.apps import build
 from flwr_cloned_kd.apps.build import build_core, load, model, slow_edge, split, staleness_weight
 from flwr_cloned_kd.apps.settings import Settings
+from flwr_cloned_kd.method.guards import DEFAULT_GUARD
 from tests.apps.quickstart import client_fn
 
 
@@ -48,7 +49,10 @@ def test_knobs_reach_what_they_are_for():
     assert core.distillation.recipe.stop.patience == 4
     assert core.guard == TrainAccuracyJump(0.2)
     assert build_core(Settings(guard="drop")).guard == TrainAccuracyDrop(0.1)
-    assert build_core(Settings()).guard is None
+    assert build_core(Settings()).guard == DEFAULT_GUARD
+    assert build_core(Settings(preset="unselective")).guard == DEFAULT_GUARD
+    assert build_core(Settings(preset="paper")).guard is None
+    assert build_core(Settings(guard="none")).guard is None
     assert core.recipe.epochs == 5
     assert core.runtime == Runtime(device="cpu", bf16=True, compile=False, batch_clones=False)
     assert build_core(Settings(variant="CPP")).distillation.memory_size == 1

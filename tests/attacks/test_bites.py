@@ -26,6 +26,7 @@ from flwr_cloned_kd import (
     unselective,
 )
 from flwr_cloned_kd.attacks import ATTACKS, Backdoor, attack_model
+from flwr_cloned_kd.method.guards import DEFAULT_GUARD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +70,7 @@ def federation():
         held_out=load_digits()[1],
         recipe=RECIPE,
         distillation=unselective(RECIPE),
+        guard=None,
     )
     first = core.state(core.pretrain())
     edge = trained(core, first, part(BAD_PART), 9)
@@ -107,6 +109,8 @@ def test_one_round_costs_the_core_points(name):
     after, metrics = core.distill(state, sent_by(name, strength, state)[0])
     assert metrics["accepted"]
     assert held_out(core, after) <= held_out(core, state) - cost
+    guarded = replace(core, guard=DEFAULT_GUARD)
+    assert guarded.distill(state, sent_by(name, strength, state)[0])[0] is state
 
 
 @pytest.mark.parametrize("name", AT_A_REVISIT)

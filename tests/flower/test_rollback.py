@@ -468,6 +468,7 @@ def test_an_edge_with_wrong_labels_has_the_highest_disagreement(path):
         dataset=take(train, parts[0]),
         recipe=recipe,
         distillation=unselective(recipe),
+        guard=None,
     )
     scores = []
 

@@ -369,7 +369,7 @@ def test_a_core_that_is_not_finite_is_refused_by_name():
 
 
 def test_without_held_out_data_there_are_no_accuracies():
-    core = core_of()
+    core = core_of(guard=None)
     (edge,) = edges_of(1, 2)
     state, metrics = core.distill(start_of(core), edge)
     assert metrics.keys() == {"accepted", "train-accuracy", "known", "student-start"}
@@ -379,7 +379,7 @@ def test_without_held_out_data_there_are_no_accuracies():
 
 
 def test_metrics_are_fractions_that_agree_with_each_other():
-    core = core_of(held_out=HELD_OUT)
+    core = core_of(held_out=HELD_OUT, guard=None)
     (edge,) = edges_of(1, 3)
     new, metrics = core.distill(core.state(core.pretrain()), edge)
     assert metrics.keys() == {

@@ -136,6 +136,14 @@ def test_the_confidence_of_a_drop_is_that_of_mcnemars_test(lost, gained, p_value
     assert drop_confidence(evidence) == pytest.approx(1 - p_value, abs=1e-12)
 
 
+def test_the_tokens_of_one_text_are_one_sample_of_mcnemars_test():
+    # The first text loses five tokens and gains one, and the second loses one: both become worse.
+    evidence = evidence_with(before=mask("1111101"), after=mask("0000010"))
+    of_texts = replace(evidence, samples=torch.tensor([0, 0, 0, 0, 0, 0, 1]))
+    assert drop_confidence(of_texts) == pytest.approx(1 - 1 / 4, abs=1e-12)
+    assert drop_confidence(evidence) == pytest.approx(1 - 8 / 128, abs=1e-12)
+
+
 def test_a_drop_of_many_elements_has_a_finite_confidence():
     before = torch.arange(200_000) % 2 == 0
     assert drop_confidence(evidence_with(before=before, after=before.flip(0))) < 0.6

@@ -135,6 +135,18 @@ EDGES = {
 }
 
 
+def test_by_default_a_core_refuses_an_edge_that_makes_it_worse():
+    train, parts, core, state = federation()
+    unselective_core = replace(core, distillation=unselective(RECIPE))
+    edge = shifted_labels(core, state, take(train, parts[4]))
+    new, metrics = unselective_core.distill(state, edge)
+    assert new is state
+    assert metrics["cause"].startswith("drop confidence: expected at most 0.990")
+    new, metrics = replace(unselective_core, guard=None).distill(state, edge)
+    assert metrics["accepted"]
+    assert core.held_out_accuracy(new.params) < core.held_out_accuracy(state.params) - 0.05
+
+
 @pytest.mark.parametrize("attack", EDGES.values(), ids=EDGES)
 def test_no_edge_costs_the_core_more_than_was_promised(attack):
     train, parts, core, state = federation()

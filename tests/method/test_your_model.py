@@ -307,3 +307,21 @@ def test_the_probability_of_a_label_is_no_selection_of_another_task():
     distillation = Distillation(selection=label_probability)
     with pytest.raises(ValueError, match="selection: expected correct, None or a function of your"):
         Core(model=build(), dataset=data(), task=task, distillation=distillation)
+
+
+def test_a_guard_sees_which_text_a_token_belongs_to():
+    seen = []
+    data = tokens(num_samples=8)
+    recipe = Recipe(epochs=1, batch_size=8)
+    core = Core(model=NextToken(), dataset=data, recipe=recipe, task=TOKENS, guard=seen.append)
+    edge = train_edge(core.model, core.model.state_dict(), data, recipe, task=TOKENS)
+    core.distill(core.state(core.pretrain()), edge)
+    lengths = (data[1] != -100).sum(1).tolist()
+    assert seen[0].samples.tolist() == [i for i in range(8) for _ in range(lengths[i])]
+    assert len(seen[0].samples) == len(seen[0].before)
+    samples = digits(num_samples=8)
+    core = Core(model=mlp(), dataset=samples, recipe=recipe, guard=seen.append)
+    core.distill(
+        core.state(core.pretrain()), train_edge(core.model, core.pretrain(), samples, recipe)
+    )
+    assert seen[-1].samples is None

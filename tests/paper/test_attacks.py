@@ -153,6 +153,15 @@ def test_scores_by_hand():
     assert "minus omitted" not in summary["clean/validation"]
 
 
+def test_a_table_shows_what_the_default_guard_does_to_honest_edges():
+    falling = [records((0.6, 1, 0), (0.3, 1, 0), (0.5, 1, 0), (0.7, 1, 0))]
+    summary = attack_scores.reduce(RESULTS | {"clean/none/Dirichlet 0.1": falling})
+    assert markdown(attack_tables.TABLES["honest"], summary).splitlines()[2:] == [
+        "| IID | validation | 0.900 | 0.725 | - | 0.25 | 1 |",
+        "| Dirichlet 0.1 | none | 0.700 | 0.525 | 0.300 | 0.00 | 1 |",
+    ]
+
+
 def test_tables_have_a_column_for_each_guard():
     summary = attack_scores.reduce(RESULTS)
     assert markdown(attack_tables.TABLES["final"], summary).splitlines()[2:] == [
