@@ -19,7 +19,8 @@ from ..engine.tasks import classification
 from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
-from ..method.core import Core, edge_seed
+from ..method.core import Core
+from ..method.edge import edge_seed
 from ..method.rollback import KeptAnswer, KeptRound, accepted_of, contradiction, replay
 from ..method.state import CoreState
 from ..method.variants import Send, cloned
