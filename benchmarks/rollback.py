@@ -38,7 +38,7 @@ from flwr_cloned_kd.apps.machine import capability
 from flwr_cloned_kd.engine.ensemble import Ensemble
 from flwr_cloned_kd.flower.kept_rounds import KeptRounds
 from flwr_cloned_kd.io.checkpoint import digest, write
-from flwr_cloned_kd.method.core import EdgeResult
+from flwr_cloned_kd.method.results import EdgeResult
 from flwr_cloned_kd.method.rollback import KeptAnswer, KeptRound, replay
 
 NUM_EDGES = 9

@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.asynchrony import CORE_SECONDS, Curve, Study
 from flwr_cloned_kd import CoreState, clone, fold_in, initialise
 from flwr_cloned_kd.io.checkpoint import write_atomically
-from flwr_cloned_kd.method.core import EdgeResult
+from flwr_cloned_kd.method.results import EdgeResult
 
 TOGETHER = (1, 2, 4, 8)
 

@@ -47,8 +47,9 @@ from .loggers.tensorboard import TensorBoardLogger
 from .loggers.wandb import WandbLogger
 from .method.calibration import calibrate
 from .method.consensus import Venn
-from .method.core import Core, edge_seed, train_edge
+from .method.core import Core
 from .method.distillation import Distillation
+from .method.edge import edge_seed, train_edge
 from .method.evidence import Evidence
 from .method.guards import (
     AllOf,

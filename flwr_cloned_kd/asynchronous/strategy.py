@@ -198,7 +198,7 @@ class AsyncStrategy(Strategy):
         """
         with self.publishing:
             self._session.quarantine(edge)
-        self._must_undo = True
+            self._must_undo = True
 
     @property
     def quarantined(self) -> frozenset[str]:
@@ -350,6 +350,7 @@ class AsyncStrategy(Strategy):
         metrics = self._settle(server_round, [answer])
         self._undo_quarantined()
         self._session.settle(dispatch)
+        self.saved()
         return self.arrays, metrics[0]
 
     def configure_evaluate(
@@ -542,8 +543,8 @@ class AsyncStrategy(Strategy):
         self.events.append(Event(at - self._started, kind, edge, number, self.version))
 
     def _reset(self, grid: Grid) -> None:
-        self._session = Session(self.revisit, self.max_failures, self.quarantined)
-        self._must_undo = False
+        with self.publishing:  # Another thread may call `quarantine` now; it must not be lost.
+            self._session = Session(self.revisit, self.max_failures, self.quarantined)
         self._undone_versions = []
         self._now = clock_of(grid)
         self._started = self._now()
@@ -553,7 +554,10 @@ class AsyncStrategy(Strategy):
         self.history = []
 
     def saved(self) -> None:
-        """Do what must wait until a checkpoint is written; by default nothing."""
+        """Do what must wait until a checkpoint is written; by default nothing.
+
+        Flower's own loop writes no checkpoint and calls this method after every round.
+        """
 
     def _save(self, result: Result, courier: Courier | None = None) -> None:
         """Write a checkpoint, if the run has one."""
@@ -607,8 +611,9 @@ class AsyncStrategy(Strategy):
                 raise ValueError(f"{name}: expected {value}, got {saved.get(name)}")
         self.load_state_dict(run.tensors, run.state)
         self.version = run.version
-        self._session.resume(run.progress)
-        self._must_undo = bool(self.quarantined)
+        with self.publishing:
+            self._session.resume(run.progress)
+            self._must_undo = True
         self.history = run.history
         if run.history:  # elapsed time continues from the checkpoint
             self._started -= run.history[-1]["time"]

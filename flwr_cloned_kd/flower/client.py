@@ -33,7 +33,7 @@ from ..engine.tasks import Task, classification
 from ..io.frozen import FROZEN_KEY, check_frozen
 from ..io.messages import only
 from ..io.wire import KEY, check_wire_dtype, decode_request, encode_reply
-from ..method.core import train_edge
+from ..method.edge import train_edge
 from .mods import CallNext, guarded
 from .train_clones import MAX_CLONES, NUM_CLONES, check_num_clones
 

@@ -19,7 +19,8 @@ from ..engine.tasks import classification
 from ..io.frozen import FROZEN_KEY, frozen_digest
 from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
-from ..method.core import Core, edge_seed
+from ..method.core import Core
+from ..method.edge import edge_seed
 from ..method.rollback import KeptAnswer, KeptRound, accepted_of, contradiction, replay
 from ..method.state import CoreState
 from ..method.variants import Send, cloned
@@ -309,16 +310,18 @@ class ClonedKD(AsyncStrategy):
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the core and its temporal memory, and the list of the kept rounds."""
         tensors, state = self.current.state_dict()
-        rounds = self._kept.entries
-        return tensors, {**state, "rounds": rounds} if rounds else state
+        if self._kept.next_file:
+            state |= {"rounds": self._kept.entries, "next_file": self._kept.next_file}
+        return tensors, state
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned; raise ValueError if it does not fit."""
         like = trained_state(self.core.model)
         core = CoreState.from_state_dict(tensors, state, like)
         rounds = [Entry.of(row) for row in state.get("rounds", ())]
+        next_file = int(state.get("next_file", 0))
         self._publish(core, core.version)
-        self._kept.resume(rounds)
+        self._kept.resume(rounds, next_file)
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common; functions by their names."""

@@ -74,15 +74,21 @@ class KeptRounds:
         self.keep_rounds = keep_rounds
         self.memory_size = memory_size
         self.entries: tuple[Entry, ...] = ()
-        self._next_file = 0
+        self.next_file = 0
+        """Number of the next file."""
         self._listed: frozenset[int] = frozenset()
         """The files of the newest checkpoint."""
 
-    def resume(self, entries: Sequence[Entry]) -> None:
-        """Continue with the files that a checkpoint lists; () for a new run."""
+    def resume(self, entries: Sequence[Entry], next_file: int = 0) -> None:
+        """Continue with the files that a checkpoint lists; () for a new run.
+
+        Args:
+            next_file: what `next_file` was. After an undo it can be above all files of the list,
+                and the checkpoint before may list a file in between.
+        """
         self.entries = tuple(entries)
         self._listed = frozenset(entry.file for entry in entries)
-        self._next_file = 1 + max(self._listed, default=-1)
+        self.next_file = max(next_file, 1 + max(self._listed, default=-1))
 
     def add(self, kept: KeptRound) -> None:
         """Write a round and drop those that need not be kept any more.
@@ -93,7 +99,7 @@ class KeptRounds:
             self.entries = ()
             return
         has_memory = not self.entries
-        path = self.path(self._next_file)
+        path = self.path(self.next_file)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             sha256 = write(path, *kept.state_dict(with_memory=has_memory))
@@ -102,8 +108,8 @@ class KeptRounds:
             self.entries = ()
             return
         numbers = tuple(answer.number for answer in kept.answers)
-        entry = Entry(self._next_file, sha256, has_memory, numbers)
-        self._next_file += 1
+        entry = Entry(self.next_file, sha256, has_memory, numbers)
+        self.next_file += 1
         self.entries = (*self.entries, entry)
         first = self._first_of_last(len(self.entries), self.keep_rounds)
         self.entries = self.entries[self._first_of_last(first, self.memory_size) :]
@@ -160,7 +166,8 @@ class KeptRounds:
         """
         start = self._memory_start(first)
         if start is None:
-            raise ValueError(f"{self.folder}: expected the memory before round {first}, got none")
+            path = self.path(self.entries[first].file)
+            raise ValueError(f"{path}: expected files with the memory before this one, got none")
         return self._read_from(self.entries[start:], first - start, like)
 
     def answers(self, like: Mapping[str, Tensor]) -> Iterator[KeptAnswer]:

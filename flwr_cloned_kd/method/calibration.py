@@ -7,7 +7,8 @@ import torch
 
 from ..engine.nested import rows_of
 from ..engine.recipe import Recipe, fold_in
-from .core import Core, train_edge
+from .core import Core
+from .edge import train_edge
 from .evidence import Evidence
 from .guards import Limit, Score
 from .state import CoreState

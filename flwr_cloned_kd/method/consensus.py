@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..engine.fit import accuracy
+from ..engine.tasks import Task, counting
+
 
 @dataclass(frozen=True)
 class Venn:
@@ -53,3 +56,20 @@ class Venn:
         """Prediction consensus: intersection over union, in [0, 1]; 0 for an empty union."""
         union = self.student_only + self.both + self.teacher_only
         return self.both / union if union else 0.0
+
+
+def compare(core: Tensor, edge: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
+    """Score outputs of the core `[N, ...]` and of an edge `[E, N, ...]` against the labels."""
+    ensemble = task.prediction(task.target(edge, 1.0).mean(0))
+    venn = Venn.of(
+        *(counting(task.correct(outputs, labels), labels, task) for outputs in (core, ensemble))
+    )
+    return {
+        "core-accuracy": venn.student_only + venn.both,
+        "edge-accuracy": float(accuracy(edge, labels, task).mean()),
+        "ensemble-accuracy": venn.both + venn.teacher_only,
+        "student-only": venn.student_only,
+        "both": venn.both,
+        "teacher-only": venn.teacher_only,
+        "consensus": venn.consensus,
+    }

@@ -1,9 +1,9 @@
-"""Algorithm 1 without a network: the core, and Phases 0 to 2."""
+"""The core of Algorithm 1 without a network: Phase 0 and Phase 2."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from ..engine.ensemble import (
     StateDict,
     check_finite,
     clone,
-    mean,
     member,
     trained_state,
 )
@@ -23,30 +22,16 @@ from ..engine.losses import distillation as distillation_loss
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
 from ..engine.samples import as_dataset
-from ..engine.tasks import Task, classification, counting
-from .consensus import Venn
+from ..engine.tasks import Task, classification
+from .consensus import compare
 from .distillation import Distillation
 from .evidence import Background, Evidence, Examiner
 from .guards import DEFAULT_GUARD, Guard, Trust
 from .knowledge import Knowledge, Selection, correct, label_probability
 from .presets import practical
+from .results import EdgeResult, check_trust, student_start
 from .state import CoreState
 from .targets import TargetBank, TargetCache, weighted_sum
-
-
-class EdgeResult(NamedTuple):
-    """What one edge returned, for `Core.distill_all`."""
-
-    edge: Ensemble
-    """`[E, ...]`, as `as_ensemble` returns it."""
-    sent: StateDict | None = None
-    """The model that the edge was sent; None is the present core."""
-    weight: float = 1
-    """Weight of this edge's KD term, at least 0; below 1 for a late edge."""
-    trust: float = 1
-    """Share of the KD term and of the movement of this edge that the core uses, in [0, 1]."""
-    earlier: Sequence[Mapping[str, Any]] = ()
-    """Metrics of the earlier rounds of this edge, oldest first, for the guard."""
 
 
 @dataclass(eq=False)
@@ -203,10 +188,7 @@ class Core:
         if not results:
             raise ValueError("results: expected at least one, got none")
         for result in results:
-            if not 0 <= result.weight < float("inf"):
-                raise ValueError(f"weight: expected at least 0, got {result.weight}")
-            _check_trust(result.trust)
-            _check_clone_axis(result.edge, state.params)
+            result.check(state.params)
         background = None if self._examiner is None else self._examiner.background(state)
         answers = [self._examine(state, result, background) for result in results]
         accepted = [answer for answer in answers if answer.metrics["accepted"]]
@@ -283,7 +265,7 @@ class Core:
             if self.trust is not None:
                 # A user's function may return a number of NumPy or PyTorch: no row can hold one.
                 trust = float(self.trust(answer.evidence))
-                _check_trust(trust)
+                check_trust(trust)
                 answer.result = result._replace(trust=result.trust * trust)
                 metrics["trust"] = trust
                 if trust == 0:  # It would teach nothing, and take the place of another ensemble.
@@ -308,7 +290,7 @@ class Core:
             answer.metrics.update({"train-accuracy": train_accuracy, "student-start": share})
             if self.held_out is not None and answer.held_out_logits is not None:
                 labels = self.held_out[1]
-                scores = _compare(predictions, answer.held_out_logits, labels, self.task)
+                scores = compare(predictions, answer.held_out_logits, labels, self.task)
                 answer.metrics.update(scores)
         if self._examiner is not None:
             if self.validation is not None:
@@ -442,131 +424,3 @@ class Core:
     @property
     def _view_seed(self) -> int:
         return fold_in(self.seed, "phase-2-views")
-
-
-def edge_seed(seed: int, server_round: int) -> int:
-    """Derive the seed of Phase 1 in one round from the seed of the core.
-
-    Args:
-        seed: of the core.
-        server_round: number of the request, from 1.
-
-    Returns:
-        An integer of 63 bits.
-
-    Examples:
-        >>> from flwr_cloned_kd import edge_seed
-        >>> edge_seed(0, 1) == edge_seed(0, 2)
-        False
-    """
-    return fold_in(seed, "phase-1", server_round)
-
-
-def train_edge(
-    model: nn.Module,
-    params: StateDict,
-    dataset: Dataset,
-    recipe: Recipe,
-    *,
-    task: Task = classification,
-    num_clones: int = 3,
-    seed: int = 0,
-    runtime: Runtime = Runtime(),
-) -> Ensemble:
-    """Phase 1: train clones of the core on private data; they differ in their batches (Sec. 4.2).
-
-    Args:
-        model: the architecture of the core; its own weights are not used.
-        params: the model that the edge was sent, from which every clone starts.
-        dataset: the private data, in any form that `as_dataset` converts.
-        recipe: how Phase 1 trains.
-        task: what the outputs of the model mean, as for the core.
-        num_clones: E, at least 1.
-        seed: of the shuffles and augmentations; `edge_seed` gives each round another one.
-        runtime: speed only.
-
-    Returns:
-        The ensemble `[num_clones, ...]`.
-
-    Raises:
-        ValueError: as `fit`, or if `num_clones` is below 1.
-
-    Examples:
-        >>> import torch
-        >>> from flwr_cloned_kd import Recipe, edge_seed, train_edge
-        >>> data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
-        >>> model = torch.nn.Linear(1, 2)
-        >>> recipe = Recipe(epochs=2)
-        >>> edge = train_edge(model, model.state_dict(), data, recipe, seed=edge_seed(0, 1))
-        >>> edge["bias"].shape  # three clones
-        torch.Size([3, 2])
-    """
-    return fit(
-        model,
-        clone(params, num_clones),
-        dataset,
-        recipe,
-        task=task,
-        seed=seed,
-        runtime=runtime,
-        phase="Phase 1",
-    )
-
-
-def student_start(
-    model: nn.Module, core: StateDict, results: Sequence[EdgeResult], share: float
-) -> StateDict:
-    """Move the core by a share of the mean movement of all edges.
-
-    The movement of an edge is the mean of its clones minus the model that the edge was sent, times
-    the trust in this edge.
-    Buffers are interpolated between the core and the mean of the edges' buffers instead, because
-    adding a difference could make a running variance negative. Integer buffers are counters and
-    stay those of the core.
-    """
-    if not share:
-        return core
-    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    centres = [mean(result.edge) for result in results]
-    origins = [result.sent or core for result in results]
-    start = dict(core)
-    for name, tensor in core.items():
-        if tensor.is_floating_point():
-            movements = [
-                result.trust * (centre[name] - (origin[name] if name in trained else tensor))
-                for result, centre, origin in zip(results, centres, origins)
-            ]
-            start[name] = tensor + share * torch.stack(movements).mean(0)
-    return start
-
-
-def _check_clone_axis(edge: Ensemble, core: StateDict) -> None:
-    for name, tensor in core.items():
-        if name not in edge or edge[name].shape[1:] != tensor.shape:
-            expected = f"[E{''.join(f', {length}' for length in tensor.shape)}]"
-            actual = list(edge[name].shape) if name in edge else "no such tensor"
-            raise ValueError(
-                f"edge: {name}: expected {expected} as as_ensemble returns it, got {actual}"
-            )
-
-
-def _check_trust(trust: float) -> None:
-    if not 0 <= trust <= 1:
-        raise ValueError(f"trust: expected 0 to 1, got {trust}")
-
-
-def _compare(core: Tensor, edge: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
-    """Score outputs of the core `[N, ...]` and of an edge `[E, N, ...]` against the labels."""
-    ensemble = task.prediction(task.target(edge, 1.0).mean(0))
-    venn = Venn.of(
-        *(counting(task.correct(outputs, labels), labels, task) for outputs in (core, ensemble))
-    )
-    return {
-        "core-accuracy": venn.student_only + venn.both,
-        "edge-accuracy": float(accuracy(edge, labels, task).mean()),
-        "ensemble-accuracy": venn.both + venn.teacher_only,
-        "student-only": venn.student_only,
-        "both": venn.both,
-        "teacher-only": venn.teacher_only,
-        "consensus": venn.consensus,
-    }

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..engine.ensemble import Ensemble, StateDict, clone, member
 from ..engine.fit import predict
 from ..engine.tasks import counting
-from .core import Core, EdgeResult
+from .core import Core
 from .evidence import share
+from .results import EdgeResult
 from .state import CoreState, ensemble_at, prefixed
 
 

@@ -20,7 +20,8 @@ from ..engine.inputs import Dataset
 from ..engine.recipe import fold_in
 from ..io.wire import encode_request, received, transfer
 from ..method.consensus import Venn
-from ..method.core import Core, EdgeResult, edge_seed, train_edge
+from ..method.core import Core
+from ..method.edge import edge_seed, train_edge
 from ..method.evidence import Evidence
 from ..method.guards import (
     Guard,
@@ -36,6 +37,7 @@ from ..method.guards import (
     train_accuracy_jump,
     validation_drop,
 )
+from ..method.results import EdgeResult
 from ..method.state import CoreState
 from ..method.variants import VARIANTS, Send, independent
 from .combining import FLOWER, clip_to_median, flower_aggregate, fltrust, weighted_mean

@@ -27,6 +27,7 @@ from flwr_cloned_kd import (
     unselective,
 )
 from flwr_cloned_kd.asynchronous import resume
+from flwr_cloned_kd.asynchronous import strategy as strategy_module
 from flwr_cloned_kd.flower import kept_rounds
 from flwr_cloned_kd.io import checkpoint as file
 from flwr_cloned_kd.io.messages import ensemble_of
@@ -350,6 +351,58 @@ def test_an_undone_round_counts_as_refused_when_its_edge_returns():
     strategy.history = [{**rows[0], "undone": 1.0}, *rows[1:]]
     assert [row["accepted"] for row in strategy._earlier("a")] == [0.0, 1.0]
     assert strategy.history[0]["accepted"] == 1.0
+
+
+def test_a_quarantine_in_the_instant_of_the_start_is_not_lost(monkeypatch):
+    """Another thread calls it while the session of the new run is being made."""
+    core = small_core()
+    strategy = ClonedKD(core, num_clones=1)
+    original = strategy_module.Session
+    threads = []
+
+    def session(*arguments):
+        made = original(*arguments)
+        threads.append(threading.Thread(target=strategy.quarantine, args=["0"]))
+        threads[-1].start()
+        threads[-1].join(0.3)
+        return made
+
+    monkeypatch.setattr(strategy_module, "Session", session)
+    strategy._reset(FakeGrid(apps(1)))
+    threads[0].join()
+    assert strategy.quarantined == {"0"}
+    assert strategy._must_undo
+
+
+def test_the_kept_rounds_are_bounded_in_flowers_own_loop_too(path):
+    core = victim.make().core
+    core = replace(core, distillation=replace(core.distillation, memory_size=1))
+    strategy = ClonedKD(core, num_clones=1, checkpoint=path, keep_rounds=1, revisit=True)
+    first = ArrayRecord(core.model.state_dict())
+    Strategy.start(strategy, VirtualGrid(edges(), compute=1.0), first, num_rounds=6)
+    assert strategy.version == 6
+    assert len(files(path)) <= 1 + 1 + 1
+
+
+def test_a_file_number_is_not_used_again_after_an_undo(path):
+    """The checkpoint before the undo lists the file of the undone round."""
+    play(path, rounds=3, keep_rounds=9)
+    last = Path(f"{path}.rounds") / "00000002.round"
+    content = last.read_bytes()
+    play(path, rounds=3, keep_rounds=9, quarantine=["2"])
+    strategy = ClonedKD(victim.make().core, num_clones=2, checkpoint=path, keep_rounds=9)
+    strategy._reset(VirtualGrid(edges()))
+    tensors, header = file.read(path)
+    strategy.load_state_dict(tensors, header["state"])
+    assert strategy._kept.next_file == 3
+    assert last.read_bytes() == content
+
+
+def test_a_round_whose_memory_is_not_kept_is_named_by_its_file(path):
+    kept = kept_rounds.KeptRounds(path, 9, 3)
+    kept.resume([kept_rounds.Entry(4, "", False, (7,))])
+    with pytest.raises(ValueError, match=r"00000004\.round: expected files with the memory"):
+        kept.read(0, {})
 
 
 def test_kept_rounds_need_a_checkpoint():

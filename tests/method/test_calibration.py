@@ -21,6 +21,7 @@ from flwr_cloned_kd import (
 )
 from flwr_cloned_kd.engine.ensemble import seeded
 from flwr_cloned_kd.method import core as core_module
+from flwr_cloned_kd.method import edge as edge_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,7 +82,8 @@ def test_a_score_that_is_known_early_saves_the_distillations(core, state, monkey
         phases.append(phase)
         return original(*args, phase=phase, **options)
 
-    monkeypatch.setattr(core_module, "fit", fit)
+    for module in (core_module, edge_module):
+        monkeypatch.setattr(module, "fit", fit)
     calibrate(core, state, ensemble_gap, stand_ins=3)
     assert phases == ["Phase 1"] * 3
 

@@ -29,7 +29,8 @@ from flwr_cloned_kd import (
 )
 from flwr_cloned_kd.engine.ensemble import mean, seeded
 from flwr_cloned_kd.method import core as core_module
-from flwr_cloned_kd.method.core import EdgeResult, student_start
+from flwr_cloned_kd.method import edge as edge_module
+from flwr_cloned_kd.method.results import EdgeResult, student_start
 from tests.helpers import reference
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, cnn, distance, few, images, mlp, same_bits, snapshot
@@ -468,9 +469,17 @@ def test_an_edge_trains_clones_of_the_sent_model():
         assert distance(member(edge, e), expected) < ROUNDING
 
 
-def test_the_example_of_the_docstring_runs():
-    failed, attempted = doctest.testmod(core_module)
+@pytest.mark.parametrize("module", [core_module, edge_module])
+def test_the_examples_of_the_docstrings_run(module):
+    failed, attempted = doctest.testmod(module)
     assert (failed, attempted > 5) == (0, True)
+
+
+def test_an_edge_with_a_label_outside_the_outputs_says_so():
+    inputs, labels = DATA
+    data = inputs, torch.full_like(labels, 99)
+    with pytest.raises(ValueError, match=r"dataset: labels: expected 0 to \d+, .* got 99"):
+        train_edge(mlp(), mlp().state_dict(), data, RECIPE)
 
 
 def test_every_round_has_an_edge_seed_of_its_own():

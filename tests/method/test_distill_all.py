@@ -11,7 +11,7 @@ from flwr_cloned_kd import CoreState, Limit, Recipe, correct, movement, predict,
 from flwr_cloned_kd.engine.ensemble import clone, mean
 from flwr_cloned_kd.method import core as core_module
 from flwr_cloned_kd.method import evidence as evidence_module
-from flwr_cloned_kd.method.core import EdgeResult, student_start
+from flwr_cloned_kd.method.results import EdgeResult, student_start
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import ROUNDING, distance, images, mlp, same_bits, snapshot
 

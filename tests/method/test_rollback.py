@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flwr_cloned_kd import Recipe, initialise
-from flwr_cloned_kd.method.core import EdgeResult
+from flwr_cloned_kd.method.results import EdgeResult
 from flwr_cloned_kd.method.rollback import KeptAnswer, KeptRound, contradiction, replay
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import images, mlp, same_bits
