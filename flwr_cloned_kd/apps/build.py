@@ -193,19 +193,23 @@ def runtime(settings: Settings, device: str) -> Runtime:
     )
 
 
+def core_rows(settings: Settings, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide the rows of the core into those that it trains on and those for validation."""
+    num_trained = max(1, len(rows) - round(settings.validation_share * len(rows)))
+    return rows[:num_trained], rows[num_trained:]
+
+
 def build_core(settings: Settings) -> Core:
     """Assemble the core: its part of the data, its model, its recipes."""
     train, held_out = load(settings)
-    rows = split(settings, train[1])[0]
-    num_validation = round(settings.validation_share * len(rows))
-    num_trained = max(1, len(rows) - num_validation)
+    trained, validation = core_rows(settings, split(settings, train[1])[0])
     core = Core(
         model=model(settings),
-        dataset=take(train, rows[:num_trained]),
+        dataset=take(train, trained),
         recipe=recipe(settings, settings.core_epochs),
         distillation=phase_2(settings),
         trust=TRUSTS[settings.trust],
-        validation=take(train, rows[num_trained:]) if num_trained < len(rows) else None,
+        validation=take(train, validation) if len(validation) else None,
         held_out=held_out,
         seed=settings.seed,
         runtime=runtime(settings, settings.device),

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import count
 from logging import INFO, WARNING
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from flwr.common import log
@@ -102,6 +103,7 @@ class Report:
         console.print(rounds_table(self.rows))
         console.print(comparison_table(self.rows, self.first, self._measured))
         log(INFO, "Results in %s", self.folder)
+        log(INFO, "To make a page of figures: flwr-cloned-kd report %s", quote(str(self.folder)))
 
     def summary(self) -> dict[str, Any]:
         """Sum up the run: the settings, the machine and the results."""

@@ -1,6 +1,7 @@
 """The two ways to run an ensemble: each clone by itself, or all clones in one pass."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,10 @@ from .ensemble import Ensemble, StateDict, frozen_modules, member, size, trained
 from .folding import folded
 from .nested import Inputs, each_tensor, num_rows, outputs_of, rows_of, tensors_of
 from .runtime import Plan, Runtime, is_small, plan
+
+# `warnings.catch_warnings` puts the filters of the whole process back. Of two trials that overlap
+# in two threads, the later end would put back the filters of the other trial, which raise errors.
+_TRIAL = threading.Lock()
 
 
 class Lane(NamedTuple):
@@ -95,7 +100,7 @@ def _can_batch(model: nn.Module, lane: Lane, inputs: Inputs, num_clones: int) ->
         return False  # the copies of tied weights would not stay equal
     before = {name: tensor.clone() for name, tensor in lane.read().items()}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with _TRIAL, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("error", "There is a performance drop")
             lane.forward(repeated(inputs, num_clones))
     except (RuntimeError, UserWarning):

@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import reduce
 from logging import INFO
 from typing import Any
 
@@ -46,6 +48,47 @@ STATES = {
 """Kind of a request's latest event -> what the view says of its edge."""
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What the view shows of all rounds up to now; a new round costs the same after any number."""
+
+    num_rounds: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    num_refused: int = 0
+    last_refusal: str = ""
+    """Round, edge and cause of the newest refusal."""
+    newest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Metric -> its newest finite values after accepted rounds, at most `MAX_BARS`."""
+    best: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> the largest of all its finite values after accepted rounds."""
+
+    def plus(self, row: Mapping[str, Any]) -> "Totals":
+        """Return the totals with one more round."""
+        newest, best = dict(self.newest), dict(self.best)
+        for key in ACCURACIES:
+            value = row.get(key, math.nan)
+            if row["accepted"] and math.isfinite(value):
+                newest[key] = (*newest.get(key, ()), value)[-MAX_BARS:]
+                best[key] = max(best.get(key, value), value)
+        is_refused = not row["accepted"]
+        return Totals(
+            num_rounds=self.num_rounds + 1,
+            bytes_down=self.bytes_down + row.get("bytes-down", 0),
+            bytes_up=self.bytes_up + row.get("bytes-up", 0),
+            num_refused=self.num_refused + is_refused,
+            last_refusal=f"round {row['round']} {cause_of(row)}"
+            if is_refused
+            else self.last_refusal,
+            newest=newest,
+            best=best,
+        )
+
+    def accuracy(self) -> str:
+        """Return the metric that the view shows; "" if no round has any."""
+        return next((key for key in ACCURACIES if key in self.best), "")
+
+
 class LiveView(Callback):
     """Shows the progress of a run in the terminal; without a terminal, adds lines to the log.
 
@@ -69,7 +112,8 @@ class LiveView(Callback):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
         self._run: RunStart | None = None
-        self._rows: list[dict[str, Any]] = []
+        # The thread of the run replaces the value, and the thread that draws reads it once.
+        self._totals = Totals()
         self._is_live = False
         self._has_bars = True
         self._end = ""
@@ -85,7 +129,7 @@ class LiveView(Callback):
     def started(self, run: RunStart) -> None:
         """Show the view, if the output is a terminal."""
         self._run = run
-        self._rows = [dict(row) for row in run.history]
+        self._totals = reduce(Totals.plus, run.history, Totals())
         self._end = ""
         self._num_read = 0
         self._requests = {}
@@ -114,7 +158,7 @@ class LiveView(Callback):
         """Add a round to the view."""
         now = time.monotonic()
         self._ended_at.append(now)
-        self._rows.append(row)
+        self._totals = self._totals.plus(row)
         if not self._is_live and now - self._line_at >= MIN_LINE_SECONDS:
             self._line_at = now
             log(INFO, "%s", self._line())
@@ -130,35 +174,34 @@ class LiveView(Callback):
 
     def picture(self) -> RenderableType:
         """Return the present state of the run, for rich to draw."""
-        rows = self._rows[:]
+        totals = self._totals
         lines = Table.grid(padding=(0, 2))
         lines.add_column(style="bold", no_wrap=True)
         lines.add_column(no_wrap=True, overflow="ellipsis")
-        lines.add_row(*self._progress(rows))
-        name, values = accuracies(rows)
-        if values:
+        lines.add_row(*self._progress(totals.num_rounds))
+        if key := totals.accuracy():
+            values = totals.newest[key]
             chart = f"{bars(values)} " if self._has_bars else ""
-            lines.add_row(name, Text(f"{chart}{values[-1]:.3f}, best {max(values):.3f}"))
+            text = f"{chart}{values[-1]:.3f}, best {totals.best[key]:.3f}"
+            lines.add_row(ACCURACIES[key], Text(text))
         for number, line in enumerate([] if self._end else self._edges()):
             lines.add_row("" if number else "now", Text(line))
-        down, up = (sum(row.get(key, 0) for row in rows) for key in ("bytes-down", "bytes-up"))
-        lines.add_row("megabytes", Text(f"{down / 1e6:,.1f} sent, {up / 1e6:,.1f} received"))
-        refusals = [row for row in rows if not row["accepted"]]
-        if refusals:
-            last = refusals[-1]
-            text = f"{len(refusals)}; in round {last['round']} {cause_of(last)}"
+        down, up = totals.bytes_down / 1e6, totals.bytes_up / 1e6
+        lines.add_row("megabytes", Text(f"{down:,.1f} sent, {up:,.1f} received"))
+        if totals.num_refused:
+            text = f"{totals.num_refused}; in {totals.last_refusal}"
             lines.add_row("refused", Text(text, style="yellow"))
         return lines
 
-    def _progress(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Text, RenderableType]:
+    def _progress(self, num_rounds: int) -> tuple[Text, RenderableType]:
         """Return the name of the strategy and the bar of its rounds."""
         if self._run is None:
             return Text(""), Text("")
         total = self._run.num_rounds or 0
         bar = Table.grid(padding=(0, 2))
-        times = self._end or self._times(len(rows))
-        text = Text(f"{len(rows)} of {total} rounds, {times}")
-        bar.add_row(ProgressBar(total=total, completed=len(rows), width=BAR_WIDTH), text)
+        times = self._end or self._times(num_rounds)
+        text = Text(f"{num_rounds} of {total} rounds, {times}")
+        bar.add_row(ProgressBar(total=total, completed=num_rounds, width=BAR_WIDTH), text)
         return Text(self._run.strategy), bar
 
     def _times(self, num_rounds: int) -> str:
@@ -202,27 +245,15 @@ class LiveView(Callback):
 
     def _line(self) -> str:
         """Return the progress of the run in one line."""
-        num_rounds = len(self._rows)
+        totals = self._totals
+        num_rounds = totals.num_rounds
         total = self._run.num_rounds if self._run is not None else None
         words = [f"{num_rounds} of {total} rounds" if total else f"{num_rounds} rounds"]
-        name, values = accuracies(self._rows)
-        if values:
-            words.append(f"best {name} {max(values):.3f}")
+        if key := totals.accuracy():
+            words.append(f"best {ACCURACIES[key]} {totals.best[key]:.3f}")
         num_busy = sum(event.kind == "ask" for event in self._under_way())
         words += [f"edges in flight: {num_busy}", self._times(num_rounds)]
         return ", ".join(words)
-
-
-def accuracies(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
-    """Return the name of an accuracy and its values after the accepted rounds.
-
-    Without any accuracy, the name is "" and there are no values.
-    """
-    accepted = [row for row in rows if row["accepted"]]
-    for key, name in ACCURACIES.items():
-        if values := [row[key] for row in accepted if math.isfinite(row.get(key, math.nan))]:
-            return name, values
-    return "", []
 
 
 def bars(values: Sequence[float]) -> str:

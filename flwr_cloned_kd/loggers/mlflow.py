@@ -14,12 +14,15 @@ class MlflowLogger(Callback):
     run of MLflow does not have: each step is logged once. MLflow's global state (the active run) is
     neither used nor changed.
 
+    One logger may log several runs: a resumed run continues the run of MLflow before it, and every
+    other run after the first starts one of its own.
+
     Args:
         tracking_uri: where MLflow keeps runs, such as "sqlite:////data/mlflow.db" or the address
             of a server; None is MLflow's default, the variable MLFLOW_TRACKING_URI.
         experiment: its name; it is created if it does not exist.
         run_name: the name of the run; None lets MLflow choose one.
-        run_id: continue this run of MLflow, after a resume; None starts a new one.
+        run_id: continue this run of MLflow at the first start; None starts a new one.
 
     Attributes:
         run_id: of the run of MLflow; None before the start.
@@ -48,11 +51,14 @@ class MlflowLogger(Callback):
         self._library = load("mlflow", "mlflow")
         self._client: Any = None
         self._steps: set[int] = set()
+        self._has_started = False
 
     def started(self, run: RunStart) -> None:
         """Start or continue a run of MLflow; log the settings, and the rounds before a resume."""
         self._client = self._library.MlflowClient(self.tracking_uri)
-        if self.run_id is None:
+        is_another = self._has_started and not run.history
+        self._has_started = True
+        if self.run_id is None or is_another:
             created = self._client.create_run(self._experiment_id(), run_name=self.run_name)
             self.run_id = created.info.run_id
         else:

@@ -17,6 +17,9 @@ class TensorBoardLogger(Callback):
     rounds before it too: whether its folder is new or that of the run before, TensorBoard shows
     each step once.
 
+    One logger may log several runs: a resumed run continues in the folder of the run before it, and
+    every other run after the first gets a folder of its own, with "-2", "-3", ... after the name.
+
     Args:
         log_dir: the folder of this run's event files; `tensorboard --logdir` of a folder above
             compares runs.
@@ -33,11 +36,16 @@ class TensorBoardLogger(Callback):
         self.log_dir = Path(log_dir)
         self._library = load("torch.utils.tensorboard", "tensorboard")
         self._writer: Any = None
+        self._num_runs = 0
 
     def started(self, run: RunStart) -> None:
         """Open an event file and write the settings, and the rounds before a resume."""
+        if not self._num_runs or not run.history:
+            self._num_runs += 1
+        number = f"-{self._num_runs}" if self._num_runs > 1 else ""
+        folder = self.log_dir.with_name(self.log_dir.name + number)
         # TensorBoard hides what an earlier run wrote to the folder, steps from 0 on.
-        self._writer = self._library.SummaryWriter(str(self.log_dir), purge_step=0)
+        self._writer = self._library.SummaryWriter(str(folder), purge_step=0)
         summaries = load("torch.utils.tensorboard.summary", "tensorboard")
         # `SummaryWriter.add_hparams` would make a folder, and with it a second run.
         for summary in summaries.hparams(parameters_of(run), {f"{PREFIX}core-accuracy": 0.0}):

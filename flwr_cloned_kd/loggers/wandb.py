@@ -13,6 +13,9 @@ class WandbLogger(Callback):
     steps that the run of W&B has already are not logged again. In a new run of W&B, a resumed run
     logs the rounds before it too.
 
+    One logger may log several runs: a resumed run continues the run of W&B before it, and every
+    other run after the first starts one of its own, without the `id` and `resume` of `init`.
+
     Args:
         init: arguments of `wandb.init`, such as `project`, `name`, `dir` and `mode`. With
             `mode="offline"` nothing is sent, and `wandb sync` uploads the run later.
@@ -33,7 +36,12 @@ class WandbLogger(Callback):
 
     def started(self, run: RunStart) -> None:
         """Start a run of W&B with the settings, and log the rounds before a resume."""
-        self._run = self._library.init(**self.init)
+        init = self.init
+        if self._run is not None:
+            init = {key: value for key, value in init.items() if key not in ("id", "resume")}
+            if run.history:
+                init |= {"id": self._run.id, "resume": "allow"}
+        self._run = self._library.init(**init)
         self._run.config.update(parameters_of(run), allow_val_change=True)
         for row in run.history:
             self.absorbed(dict(row))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..apps.build import build_core, edge_recipe, load, recipe, split
+from ..apps.build import build_core, core_rows, edge_recipe, load, recipe, split
 from ..apps.machine import hardware
 from ..attacks.data import Backdoor
 from ..attacks.models import Visit, attack_model
@@ -108,10 +108,14 @@ def _set_up(run: Run) -> _Setup:
     train, held_out = load(settings)
     parts = split(settings, train[1])
     dataset = core.dataset
+    # The data for validation stay apart from those that the core trains on.
+    trained, validation = core_rows(settings, parts[0])
     if run.central:
-        dataset = train
+        is_trained = torch.ones(len(train[1]), dtype=torch.bool)
+        is_trained[validation] = False
+        dataset = take(train, is_trained.nonzero().flatten())
     elif run.core_share < 1:
-        dataset = take(train, parts[0][: max(2, round(run.core_share * len(parts[0])))])
+        dataset = take(train, trained[: max(2, round(run.core_share * len(parts[0])))])
     core = replace(
         core,
         dataset=dataset,

@@ -4,7 +4,8 @@ Of rounds that no such file has, the events follow from what the rounds cost.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..asynchronous.timeline import Event
 from ..io.checkpoint import write_atomically
 from .lines import check_count, check_number, check_text, read_lines, shown
 
-TIMES = ("time", "core-seconds", "wait-seconds", "edge-seconds", "number", "together")
+TIMES = ("time", "core-seconds", "wait-seconds", "edge-seconds", "number")
 """Entries of a round from which its events follow, and which are numbers where they are given."""
 MAX_EVENTS = 200_000
 """How many events a file holds: about 7 MB, and 40,000 visits of edges."""
@@ -61,17 +62,30 @@ def with_missing(events: Sequence[Event], rows: Iterable[dict[str, Any]]) -> lis
     Args:
         rows: of one strategy; rounds of Flower's own strategies have no events.
     """
+    rows = list(rows)
+    num_settled = Counter(_settled(row) for row in rows)
     known = {event.number for event in events if event.kind in ("absorb", "refuse")}
     missing = (row for row in rows if "number" in row and row["number"] not in known)
-    added = [event for row in missing for event in _events_of_round(row)]
+    added = [
+        event for row in missing for event in _events_of_round(row, num_settled[_settled(row)])
+    ]
     return sorted([*events, *added], key=lambda event: event.time)
 
 
-def _events_of_round(row: dict[str, Any]) -> Iterator[Event]:
-    """Count back from the end of a round to its request; the version is not known and is 0."""
+def _settled(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what is equal in the rounds of answers that the core took up at the same time."""
+    return row.get("time", 0.0), row.get("core-seconds", 0.0)
+
+
+def _events_of_round(row: Mapping[str, Any], num_settled: int) -> Iterator[Event]:
+    """Count back from the end of a round to its request; the version is not known and is 0.
+
+    Args:
+        num_settled: answers that the core took up at the same time, refused ones among them. They
+            share the seconds of the core evenly.
+    """
     ended = row.get("time", 0.0)
-    # Answers that were absorbed together share the seconds of the core evenly.
-    began = ended - row.get("core-seconds", 0.0) * row.get("together", 1)
+    began = ended - row.get("core-seconds", 0.0) * num_settled
     arrived = began - row.get("wait-seconds", 0.0)
     asked = arrived - row.get("edge-seconds", 0.0)
     answer = "answer" if row.get("bytes-up", 0) else "error"

@@ -182,6 +182,8 @@ def test_a_picture_that_fails_is_one_line_in_the_log(report, monkeypatch, flower
     report.finish()
     assert "No picture: RuntimeError: no such font" in flower_log
     assert any(line.startswith("Results in ") for line in flower_log)
+    command = f"flwr-cloned-kd report {report.folder}"
+    assert f"To make a page of figures: {command}" in flower_log
 
 
 def test_a_timeline_of_a_real_run_is_drawn(report):

@@ -1,3 +1,5 @@
+import threading
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ from flwr_cloned_kd import (
     predict,
 )
 from flwr_cloned_kd.engine.ensemble import seeded
-from flwr_cloned_kd.engine.lanes import lanes
+from flwr_cloned_kd.engine.lanes import Lane, _can_batch, lanes
 from flwr_cloned_kd.engine.losses import Batch
 from tests.helpers.reference import ROUNDING, cnn, distance, images, mlp, same_bits, snapshot
 
@@ -306,3 +308,27 @@ def test_images_of_a_model_that_can_run_so_have_their_channels_last():
     weights = [leaf for leaf in leaves if leaf.dim() == 4 and leaf.shape[1] > 1]
     assert weights
     assert all(leaf.is_contiguous(memory_format=torch.channels_last) for leaf in weights)
+
+
+def test_trials_in_two_threads_leave_the_filters_of_warnings_as_they_were():
+    second_is_inside, first_is_over = threading.Event(), threading.Event()
+
+    def first(inputs):
+        thread.start()
+        second_is_inside.wait(0.5)  # One trial at a time: the second one does not come.
+
+    def second(inputs):
+        second_is_inside.set()
+        first_is_over.wait(60)
+
+    def trial(forward):
+        return _can_batch(nn.Linear(2, 2), Lane([], forward, dict), torch.zeros(2, 2), 2)
+
+    before = list(warnings.filters)
+    thread = threading.Thread(target=trial, args=[second])
+    trial(first)
+    first_is_over.set()
+    thread.join()
+    leftover = list(warnings.filters)
+    warnings.filters[:] = before
+    assert leftover == before

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import sys
 import termios
 import threading
 from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from rich.console import Console
 
 from flwr_cloned_kd import Event, LiveView, RunStart
-from flwr_cloned_kd.loggers.live import MAX_REQUESTS, bars, clock
+from flwr_cloned_kd.loggers.live import MAX_BARS, MAX_REQUESTS, Totals, bars, clock
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.federation import NOTHING, Tally, adds
 from tests.helpers.live import film, picture
@@ -139,6 +141,38 @@ def test_a_resumed_run_continues_the_bar_and_counts_its_own_rounds_for_the_time_
     view.absorbed(row(7))
     # The round after the first one took 10 s, and three are left.
     assert "7 of 10 rounds, 0:00:40, about 0:00:30 left" in text_of(view)
+
+
+def test_the_totals_equal_the_sums_over_all_rows():
+    accuracies = [0.2, 0.9, float("nan"), 0.5, *(0.4 + number / 1000 for number in range(60))]
+    rows = [
+        row(number, accepted=float(number % 3 > 0), **{"core-accuracy": accuracy, "bytes-up": 5})
+        for number, accuracy in enumerate(accuracies, 1)
+    ]
+    totals = reduce(Totals.plus, rows, Totals())
+    accepted = [row["core-accuracy"] for row in rows if row["accepted"]]
+    values = [value for value in accepted if math.isfinite(value)]
+    assert totals.newest["core-accuracy"] == tuple(values[-MAX_BARS:])
+    assert totals.best["core-accuracy"] == max(values) == 0.9
+    assert (totals.num_rounds, totals.bytes_up, totals.bytes_down) == (64, 320, 0)
+    assert totals.num_refused == 21
+    assert totals.last_refusal.startswith("round 63 edge 1")
+
+
+def test_a_refresh_reads_no_row_again(view):
+    view, _ = view
+
+    class Unreadable(dict):
+        def get(self, *args):
+            assert not closed
+            return super().get(*args)
+
+        __getitem__ = get
+
+    closed = False
+    view.absorbed(Unreadable(row(1, **{"core-accuracy": 0.5})))
+    closed = True
+    assert "0.500" in text_of(view)
 
 
 def test_bars_go_from_the_least_to_the_largest_of_the_newest_values():

@@ -256,6 +256,60 @@ def test_wandb_does_not_log_a_step_that_its_run_has(monkeypatch, tmp_path):
     assert fake.exit_code == 0
 
 
+def test_each_new_run_of_wandb_is_another_one_and_a_resumed_run_continues_its_own(
+    monkeypatch, tmp_path
+):
+    begun = []
+
+    class Fresh:
+        def init(self, **options):
+            run = FakeWandb()
+            run.id = options.get("id", f"made-{len(begun)}")
+            begun.append(options)
+            return run
+
+    monkeypatch.setitem(sys.modules, "wandb", Fresh())
+    logger = WandbLogger(project="p", id="x", resume="allow")
+    play(logger, num_rounds=1)
+    play(logger, num_rounds=2, checkpoint=tmp_path / "run.ckpt")
+    play(logger, num_rounds=3, checkpoint=tmp_path / "run.ckpt")
+    assert begun == [
+        {"project": "p", "id": "x", "resume": "allow"},
+        {"project": "p"},
+        {"project": "p", "id": "made-1", "resume": "allow"},
+    ]
+
+
+@needs("tensorboard")
+def test_each_new_run_of_tensorboard_has_a_folder_and_a_resumed_run_continues_its_own(tmp_path):
+    logger = TensorBoardLogger(tmp_path / "run")
+    play(logger, num_rounds=1)
+    play(logger, num_rounds=2, checkpoint=tmp_path / "run.ckpt")
+    play(logger, num_rounds=3, checkpoint=tmp_path / "run.ckpt")
+    folders = {path.parent.name: path for path in tmp_path.glob("run*/events*")}
+    assert set(folders) == {"run", "run-2"}
+    assert [step for step, _ in shown(tmp_path / "run")["round/accepted"]] == [1]
+    assert [step for step, _ in shown(tmp_path / "run-2")["round/accepted"]] == [1, 2, 3]
+
+
+@needs("mlflow")
+@pytest.mark.filterwarnings("default")
+def test_each_new_run_of_mlflow_is_another_one_and_a_resumed_run_continues_its_own(store, tmp_path):
+    logger = MlflowLogger(store)
+    run_ids = []
+    for num_rounds, options in (
+        (1, {}),
+        (2, {"checkpoint": tmp_path / "run.ckpt"}),
+        (3, {"checkpoint": tmp_path / "run.ckpt"}),
+    ):
+        play(logger, num_rounds=num_rounds, **options)
+        run_ids.append(logger.run_id)
+    first, second, resumed = run_ids
+    assert first != second == resumed
+    assert logged(store, first)[1]["accepted"] == [(1, 1)]
+    assert logged(store, second)[1]["accepted"] == [(1, 1), (2, 0), (3, 1)]
+
+
 @pytest.mark.parametrize("library", LOGGERS)
 def test_a_missing_library_is_named_with_the_command_that_installs_it(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)

@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flwr_cloned_kd import FedAsync, FedBuff, edge_seed, member, take, train_edge
 from flwr_cloned_kd.apps.build import build_core, load, recipe, split
+from flwr_cloned_kd.apps.settings import Settings
 from flwr_cloned_kd.io.wire import received, transfer
 from flwr_cloned_kd.paper import rounds
 from flwr_cloned_kd.paper.combining import weighted_mean
@@ -16,6 +17,22 @@ from flwr_cloned_kd.paper.rounds import play
 from flwr_cloned_kd.paper.run_state import RunState
 from flwr_cloned_kd.paper.runs import Run
 from tests.helpers.fake_grid import FakeGrid
+
+
+@pytest.mark.parametrize("split", ["random", "one-class"])
+@pytest.mark.parametrize("validation_share", [0.2, 0.9])
+@pytest.mark.parametrize("data", [{}, {"core_share": 0.5}, {"core_share": 0.05}, {"central": True}])
+def test_the_core_never_trains_on_its_validation_data(data, validation_share, split):
+    settings = Settings(num_edges=3, split=split, validation_share=validation_share)
+    core = rounds._set_up(Run(settings=settings, **data)).core
+    trained, validation = (
+        {tuple(x) for x in part[0].flatten(1).tolist()} for part in (core.dataset, core.validation)
+    )
+    assert trained
+    assert validation
+    everything = load(settings)[0][0].flatten(1)
+    repeated = len(everything) - len(everything.unique(dim=0))
+    assert len(trained & validation) <= repeated
 
 
 def records_of(run):

@@ -87,6 +87,21 @@ def test_answers_that_were_absorbed_together_have_the_same_span_of_the_core(tmp_
     ]
 
 
+def test_a_refused_answer_among_those_that_the_core_took_up_together_shares_their_span(tmp_path):
+    # Three answers took 6 s of the core; it distilled two of them together and refused the third.
+    costs = {"time": 10.0, "core-seconds": 2.0, "wait-seconds": 1.0, "edge-seconds": 1.0}
+    rows = [
+        round_row(1, 0.6, number=1, together=2, **costs),
+        round_row(2, 0.6, number=2, **costs) | {"accepted": 0.0, "cause": "w: not finite"},
+        round_row(3, 0.6, number=3, together=2, **costs),
+    ]
+    run = load_run(write_run(tmp_path / "run", rows, finished=False))
+    events = run.events_of("cloned-kd")
+    assert {event.time for event in events if event.kind == "learn"} == {4.0}
+    assert {event.time for event in events if event.kind == "ask"} == {2.0}
+    assert [event.number for event in events if event.kind == "refuse"] == [2]
+
+
 def test_a_run_that_resumed_is_read_with_the_rounds_before(tmp_path):
     report = Report(Settings(results=str(tmp_path)), small_core(), 0.4)
     strategy = Tally()
