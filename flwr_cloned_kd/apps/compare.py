@@ -1,6 +1,7 @@
 """Cloned KD beside FedAvg at equal bytes: what the small example apps share."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,25 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from ..engine.counts import check_count
 from ..engine.ensemble import StateDict
 from ..flower.cloned_kd import ClonedKD
 from ..method.core import Core
 from .plots import draw_accuracy
 
 Row = dict[str, Any]
+
+
+def read_counts(config: Mapping[str, Any], *keys: str) -> list[int]:
+    """Return the values of some keys of a run-config, which are counts or a seed.
+
+    Raises:
+        ValueError: naming the key and what was expected, for a value that is no integer or below 0.
+        KeyError: for a key that the run-config does not have.
+    """
+    for key in keys:
+        check_count(f"run-config {key}", config[key], minimum=0)
+    return [int(config[key]) for key in keys]
 
 
 def compare(

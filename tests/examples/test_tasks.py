@@ -76,6 +76,14 @@ def test_an_example_runs_both_strategies_for_the_same_bytes(name, load, tmp_path
     assert cloned[-1]["core-accuracy"] > first
 
 
+@pytest.mark.parametrize(("name", "key"), [("tabular", "epochs"), ("text", "steps")])
+def test_a_text_in_the_place_of_a_number_is_refused_by_its_key(name, key, load, tmp_path):
+    config = config_of(name, tmp_path) | {key: "many"}
+    expected = f"run-config {key}: expected an integer of at least 0, got 'many'"
+    with pytest.raises(ValueError, match=expected):
+        run(load, name, config)
+
+
 def test_the_parts_of_the_table_are_disjoint(load):
     parts, held_out = load("tabular", "task").load(9, seed=3)
     rows = [tuple(row) for table, _ in [*parts, held_out] for row in table]

@@ -4,7 +4,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flwr_cloned_kd import Core
-from flwr_cloned_kd.apps.compare import compare
+from flwr_cloned_kd.apps.compare import compare, read_counts
 from text_app.task import TASK, build_model, load, recipe_of
 
 app = ServerApp()
@@ -14,15 +14,17 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run cloned KD, then FedAvg for the same bytes, from the same first core."""
     config = context.run_config
-    num_edges, seed = int(config["num-edges"]), int(config["seed"])
+    num_edges, num_clones, steps, seed = read_counts(
+        config, "num-edges", "num-clones", "steps", "seed"
+    )
     parts, held_out = load(num_edges, seed)
     core = Core(
         model=build_model(seed),
         dataset=parts[0],
         held_out=held_out,
         task=TASK,
-        recipe=recipe_of(int(config["steps"])),
+        recipe=recipe_of(steps),
         seed=seed,
     )
-    num_clones, folder = int(config["num-clones"]), str(config["results"])
+    folder = str(config["results"])
     compare(core, grid, num_clones=num_clones, num_edges=num_edges, folder=folder)
