@@ -176,6 +176,9 @@ class ClonedKD(AsyncStrategy):
     def undo(self, edges: Set[str]) -> Set[int]:
         """Repeat the kept rounds without these edges, see `method.rollback.replay`.
 
+        The rows of the repeated rounds in `history` then hold what the core has measured now: a
+        guard that looks at the earlier rounds of an edge sees what a run without these edges sees.
+
         Raises:
             ValueError: if a round of these edges is not kept, or a kept file is damaged.
         """
@@ -204,6 +207,9 @@ class ClonedKD(AsyncStrategy):
         repeated = replay(self.core, rounds, edges, self.staleness_weight)
         rebuilt = self._kept.rewrite(first, repeated)
         self._publish(rebuilt.state, self.version)
+        for row in self.history:
+            if row["number"] in rebuilt.numbers:
+                row.update(rebuilt.metrics[row["number"]])
         log(
             INFO,
             "Undid rounds %s of edges %s: repeated rounds %s in %.1f s%s",

@@ -45,6 +45,8 @@ class Rebuilt(NamedTuple):
     """Numbers of the requests whose answers the core has learned from again."""
     refused: dict[int, str]
     """Number of a request -> why its answer is refused now."""
+    metrics: dict[int, dict[str, Any]]
+    """Number of a request -> what the core has measured now."""
 
 
 class KeptRounds:
@@ -124,19 +126,21 @@ class KeptRounds:
         state: CoreState | None = None
         numbers = list[int]()
         refused = dict[int, str]()
+        metrics = dict[int, dict[str, Any]]()
         try:
             for result in replayed:
                 for kept in result.rounds:
                     self.add(kept)
                     numbers += [answer.number for answer in kept.answers]
                 refused |= result.refused
+                metrics |= result.metrics
                 state = result.after
         except BaseException:
             self.entries = before
             raise
         if state is None:
             raise ValueError("rounds: expected at least one, got none")
-        return Rebuilt(state, numbers, refused)
+        return Rebuilt(state, numbers, refused, metrics)
 
     def undoable(self) -> list[int]:
         """Return the numbers of the requests whose answers can be undone, oldest first."""

@@ -92,6 +92,16 @@ def same_core(left, right):
     return all(same_bits(*pair) for pair in pairs)
 
 
+def measured(strategy):
+    """Return what the core has measured of each edge that it contains."""
+    names = ("known", "train-accuracy", "loss-rise")
+    return {
+        row["edge"]: [row[name] for name in names]
+        for row in strategy.history
+        if row["accepted"] and not row.get("undone")
+    }
+
+
 def files(path):
     return sorted(file.name for file in Path(f"{path}.rounds").iterdir())
 
@@ -110,6 +120,7 @@ def test_a_resumed_run_is_one_that_has_refused_the_quarantined_edge(
     assert same_core(after, twin)
     undone = [row["edge"] for row in after.history if row.get("undone")]
     assert undone == [edge]
+    assert measured(after) == measured(twin)
     # It is on disk: a run that resumes from this one has nothing to undo.
     again = play(path, keep_rounds=9, quarantine=[edge], **options)
     assert same_core(again, twin)
