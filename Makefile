@@ -67,8 +67,7 @@ docs: .venv/.dev
 
 .venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
-	@# Python compiles what the tests import; pip would compile every module of every package.
-	$(PIP_INSTALL) --no-compile --editable ".[dev]"
+	$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ .venv/.demo .venv/.dist
 
 .venv/.dist: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
