@@ -26,7 +26,7 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2 --durations=5
-	$(BIN)/python -m pytest -m "simulation and not slow" --numprocesses 2 --durations=5
+	$(BIN)/python -m pytest -m "simulation and not slow" --durations=5
 	$(MAKE) --no-print-directory package
 
 deployment: .venv/.dev
