@@ -36,7 +36,7 @@ REVISITS: dict[str, tuple[float, ...]] = {
 
 UNGUARDED = "none"
 DEFAULT_GUARD = "validation"
-"""The guard that docs/robustness.md recommends; it is compared with the row `omitted`."""
+"""The guard that a core has by default; it is compared with the row `omitted`."""
 
 GUARDS: dict[str, Changes] = {
     UNGUARDED: {},
