@@ -62,7 +62,7 @@ docs: .venv/.dev
 
 .venv/.demo: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
 	@echo "Installing into .venv: PyTorch alone is some gigabytes, this takes minutes"
-	$(PIP_INSTALL) --editable ".[simulation,digits,plots]"
+	$(PIP_INSTALL) --editable ".[simulation,digits,plots,report]"
 	@touch $@
 
 .venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python

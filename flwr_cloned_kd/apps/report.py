@@ -1,6 +1,7 @@
 """The results folder of a run: its config, rounds, events, summary and pictures."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -103,7 +104,9 @@ class Report:
         console.print(rounds_table(self.rows))
         console.print(comparison_table(self.rows, self.first, self._measured))
         log(INFO, "Results in %s", self.folder)
-        log(INFO, "To make a page of figures: flwr-cloned-kd report %s", quote(str(self.folder)))
+        # The environment of the run may not be the one of the reader's shell.
+        command = f"{quote(sys.executable)} -m flwr_cloned_kd report {quote(str(self.folder))}"
+        log(INFO, "To make a page of figures: %s", command)
 
     def summary(self) -> dict[str, Any]:
         """Sum up the run: the settings, the machine and the results."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -182,7 +183,7 @@ def test_a_picture_that_fails_is_one_line_in_the_log(report, monkeypatch, flower
     report.finish()
     assert "No picture: RuntimeError: no such font" in flower_log
     assert any(line.startswith("Results in ") for line in flower_log)
-    command = f"flwr-cloned-kd report {report.folder}"
+    command = f"{sys.executable} -m flwr_cloned_kd report {report.folder}"
     assert f"To make a page of figures: {command}" in flower_log
 
 
