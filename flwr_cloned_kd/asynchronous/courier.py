@@ -351,8 +351,13 @@ class Courier:
         """End the run if no edge could be asked for long, or if too many failed in a row."""
         now = self.now()
         gave_up = self._session.gave_up
-        recovering = not gave_up and (self._session.paused_until > now or self._session.has_resting)
-        if self._session.unsettled or self._arrivals.pending or recovering:
+        # A run that gave up welcomes no new nodes, so it must not wait for their names.
+        expects_edges = not gave_up and (
+            self._arrivals.pending
+            or self._session.paused_until > now
+            or self._session.has_resting
+        )
+        if self._session.unsettled or expects_edges:
             self._idle_since = now
             self._idle_logged = False
         elif gave_up or now >= self._idle_since + self._timeout:

@@ -275,6 +275,20 @@ def test_failures_in_a_row_end_the_run_with_what_it_has(flower_log):
     assert grid.trained() == [100, 101, 102]
 
 
+def test_a_run_that_gave_up_does_not_wait_for_the_name_of_a_new_node(monkeypatch):
+    monkeypatch.setattr("flwr_cloned_kd.asynchronous.arrivals.PATIENCE_SECONDS", 0.1)
+    strategy = Tally(max_failures=1)
+    # The second node never says its name.
+    grid = FakeGrid([crash, lambda message, context: None])
+    run = threading.Thread(
+        target=strategy.start, args=(grid, NOTHING, 2, ENOUGH_SECONDS), daemon=True
+    )
+    run.start()
+    run.join(5)
+    assert not run.is_alive()
+    assert len(strategy.history) == 1
+
+
 def test_an_edge_that_crashed_counts_as_visited():
     strategy = Tally()
     grid = FakeGrid([crash, adds(1)])
