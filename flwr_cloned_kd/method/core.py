@@ -156,8 +156,9 @@ class Core:
 
         Raises:
             ValueError: if a prediction of the edge or a weight of the new core is not finite, if
-                the mean of the clones is not finite and evidence is measured, if `weight` is
-                negative or not finite, or if the rule of trust returns a number outside [0, 1].
+                the model cannot predict with the tensors of the edge, if the mean of the clones is
+                not finite and evidence is measured, if `weight` is negative or not finite, or if
+                the rule of trust returns a number outside [0, 1].
         """
         state, metrics = self.distill_all(state, [EdgeResult(edge, sent, weight)])
         return state, metrics[0]
@@ -225,7 +226,22 @@ class Core:
         return predict(self.model, clone(params, 1), self.dataset[0], runtime=self.runtime)[0]
 
     def _edge_logits(self, edge: Ensemble, inputs: Tensor) -> Tensor:
-        logits = predict(self.model, edge, inputs, runtime=self.runtime)
+        """Compute the outputs `[E, N, ...]` of the clones.
+
+        Raises:
+            ValueError: if an output is not finite, or if the model cannot run with the tensors of
+                this edge, such as an integer buffer that is an index and is out of range.
+        """
+        try:
+            logits = predict(self.model, edge, inputs, runtime=self.runtime)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError) as error:
+            cause = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                "edge predictions: expected a model that runs with the core's inputs, got "
+                f"{type(error).__name__}: {cause}"
+            ) from error
         check_finite({"logits": logits}, "edge predictions: ")
         return logits
 

@@ -358,6 +358,34 @@ def test_an_edge_whose_predictions_overflow_changes_nothing(held_out):
     assert_same(state, before)
 
 
+class Positions(nn.Module):
+    """A model with an integer buffer that is an index, as models with attention have."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(10, 4), nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("position_ids", torch.arange(6))
+
+    def forward(self, ids):
+        return self.head((self.tokens(ids) + self.positions(self.position_ids)).mean(1))
+
+
+@pytest.mark.parametrize("guard", [None, TrainAccuracyJump(1.0)], ids=["no guard", "guard"])
+@pytest.mark.parametrize("num_clones", [1, 2])
+def test_an_edge_with_an_index_out_of_range_changes_nothing(num_clones, guard):
+    ids = torch.arange(24).reshape(4, 6) % 10
+    core = make_core((ids, ids[:, 0] % 2), RECIPE, Positions(), guard=guard)
+    state = start_of(core)
+    before = frozen(state)
+    bad = clone(state.params, num_clones)
+    bad["position_ids"] += 6
+    message = "edge predictions: expected a model that runs with the core's inputs, got IndexError"
+    with pytest.raises(ValueError, match=message):
+        core.distill(state, bad)
+    assert_same(state, before)
+
+
 def test_a_core_that_is_not_finite_is_refused_by_name():
     core = core_of(distillation={"recipe": replace(RECIPE, lr=1e38)})
     (edge,) = edges_of(1, 1)
