@@ -353,9 +353,7 @@ class Courier:
         gave_up = self._session.gave_up
         # A run that gave up welcomes no new nodes, so it must not wait for their names.
         expects_edges = not gave_up and (
-            self._arrivals.pending
-            or self._session.paused_until > now
-            or self._session.has_resting
+            self._arrivals.pending or self._session.paused_until > now or self._session.has_resting
         )
         if self._session.unsettled or expects_edges:
             self._idle_since = now

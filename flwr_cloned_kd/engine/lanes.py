@@ -25,6 +25,8 @@ _TRIAL = threading.Lock()
 class Lane(NamedTuple):
     """Clones that share a forward pass: all clones, or a single one."""
 
+    module: nn.Module
+    """Runs these clones."""
     leaves: list[Tensor]
     forward: Callable[[Inputs], Tensor]
     """`[k, B, ...]` -> outputs `[k, B, ...]`, float32, for the k clones of this lane."""
@@ -65,7 +67,7 @@ def lanes(
     two = rows_of(inputs, slice(2))
     if chosen.batch_clones:
         lane = _lane_of_all(model, ensemble, chosen, training)
-        if runtime.batch_clones or _can_batch(model, lane, two, size(ensemble)):
+        if runtime.batch_clones or _can_batch(lane, two, size(ensemble)):
             return [lane], chosen
         chosen = plan_for(replace(runtime, batch_clones=False))
     if chosen.workers > 1 and _draws_random_numbers(model, two):
@@ -90,14 +92,19 @@ def _check_names(model: nn.Module, ensemble: Ensemble) -> None:
         )
 
 
-def _can_batch(model: nn.Module, lane: Lane, inputs: Inputs, num_clones: int) -> bool:
+def _can_batch(lane: Lane, inputs: Inputs, num_clones: int) -> bool:
     """Return whether vmap can run a model, by trying; it cannot run an LSTM or dropout.
+
+    A model that holds another tensor afterwards, such as an average that is no buffer of its state
+    dict, may go on from that tensor in its next pass. All clones would share it.
 
     For some operations, such as attention on a CPU, vmap runs one clone after the other, which
     takes longer than clones one by one. PyTorch warns about these, and they count as not possible.
     """
-    if len(list(model.parameters())) != len(list(model.named_parameters(remove_duplicate=False))):
+    module = lane.module
+    if len(list(module.parameters())) != len(list(module.named_parameters(remove_duplicate=False))):
         return False  # the copies of tied weights would not stay equal
+    held = _held(module)
     before = {name: tensor.clone() for name, tensor in lane.read().items()}
     try:
         with _TRIAL, torch.no_grad(), warnings.catch_warnings():
@@ -105,10 +112,21 @@ def _can_batch(model: nn.Module, lane: Lane, inputs: Inputs, num_clones: int) ->
             lane.forward(repeated(inputs, num_clones))
     except (RuntimeError, UserWarning):
         return False
+    now_held = _held(module)
+    if len(now_held) != len(held) or any(new is not old for new, old in zip(now_held, held)):
+        return False
     with torch.no_grad():  # the trial changed the statistics of batch normalisation
         for name, tensor in lane.read().items():
             tensor.copy_(before[name])
     return True
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    """Return the tensors that a model holds as buffers or plain attributes."""
+    values = (
+        value for part in module.modules() for value in (*part.buffers(False), *vars(part).values())
+    )
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def repeated(inputs: Inputs, num_clones: int) -> Inputs:
@@ -160,7 +178,7 @@ def _lane_of_one(
         state = module.state_dict()
         return {name: state[name].detach().contiguous().unsqueeze(0) for name in params}
 
-    return Lane([p for p in module.parameters() if p.requires_grad], run, read)
+    return Lane(module, [p for p in module.parameters() if p.requires_grad], run, read)
 
 
 def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: bool) -> Lane:
@@ -170,10 +188,21 @@ def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: b
     leaves = [state[name].requires_grad_(training) for name in trained]
 
     def outputs_of_one(params: StateDict, x: Inputs) -> Tensor:
+        given = dict(params)
+
         def call(*args: Inputs, **options: Inputs) -> Any:
             return functional_call(module, params, args, options)
 
-        return outputs_of(call, x)
+        outputs = outputs_of(call, x)
+        # A new tensor that the model has assigned to a buffer is now in `params`, which `vmap`
+        # drops. Changes in place, such as those of batch normalisation, are in `state`.
+        for name, tensor in given.items():
+            if params[name] is not tensor:
+                raise RuntimeError(
+                    f"batch_clones: expected a model that changes {name} in place, got one that "
+                    "assigns a new tensor to it"
+                )
+        return outputs
 
     outputs_of_all = vmap(outputs_of_one)
 
@@ -182,7 +211,9 @@ def _lane_of_all(model: nn.Module, ensemble: Ensemble, chosen: Plan, training: b
             outputs: Tensor = outputs_of_all(state, inputs)
         return outputs.float()
 
-    return Lane(leaves, run, lambda: {name: tensor.detach() for name, tensor in state.items()})
+    return Lane(
+        module, leaves, run, lambda: {name: tensor.detach() for name, tensor in state.items()}
+    )
 
 
 def _in_layout(inputs: Tensor, layout: torch.memory_format) -> Tensor:

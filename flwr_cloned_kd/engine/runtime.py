@@ -51,9 +51,10 @@ class Runtime:
             the clones train in one pass or compiled. A model that draws random numbers while it
             trains (dropout) always trains its clones in turn.
         cuda_graphs: record one step as a CUDA graph and replay it; clones that train one by one
-            become parallel branches. On GPUs only, and not for a loss that reads `batch.epoch` or a
-            model whose Python code acts differently from step to step. The result equals that of
-            plain steps bit for bit. Steps of small models take a fifth of the time or less
+            become parallel branches. On GPUs only, and not for a loss that reads `batch.epoch`, a
+            model whose Python code acts differently from step to step, or a model that assigns a
+            new tensor to a buffer in place of changing it. The result equals that of plain steps
+            bit for bit. Steps of small models take a fifth of the time or less
             (docs/performance.md).
         target_bytes: memory limit for the targets of teachers that are kept from epoch to epoch
             and from round to round; other targets are computed again. 0 keeps no targets.

@@ -75,6 +75,30 @@ class Chooses(nn.Module):
         return self.head(x.flatten(1)) if x.sum() > 0 else self.head(-x.flatten(1))
 
 
+class Averages(nn.Module):
+    """Subtracts a running mean of its inputs, which each training step makes anew.
+
+    Args:
+        keep: "buffer" of the state dict, "hidden" buffer, plain "attribute", or buffer "in place".
+    """
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep, self.head = keep, nn.Linear(64, 3)
+        if keep == "attribute":
+            self.mean = torch.zeros(64)
+        else:
+            self.register_buffer("mean", torch.zeros(64), persistent=keep != "hidden")
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training and self.keep == "in place":
+            self.mean.mul_(0.5).add_(0.5 * x.mean(0))
+        elif self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.mean(0)
+        return self.head(x - self.mean)
+
+
 class Views(nn.Module):
     """Calls `view` on its activations, as the network of Flower's PyTorch app does."""
 
@@ -155,6 +179,21 @@ def test_what_fell_back_has_the_bits_of_clones_one_by_one(kind):
 def test_a_model_that_chooses_by_its_data_falls_back():
     clone_lanes, chosen = lanes_of(seeded(Chooses(), 0))
     assert (len(clone_lanes), chosen.batch_clones) == (3, False)
+
+
+@pytest.mark.parametrize("keep", ["buffer", "hidden", "attribute", "in place"])
+def test_what_a_model_learns_outside_of_its_parameters_is_that_of_clones_one_by_one(keep):
+    model = seeded(Averages(keep), 0)
+    start = clone(model.state_dict(), 3)
+    actual = fit(model, start, DATA, RECIPE, runtime=CPU)
+    assert distance(actual, fit(model, start, DATA, RECIPE, runtime=ONE_BY_ONE)) < ROUNDING
+
+
+def test_forced_batching_of_a_model_that_assigns_to_a_buffer_is_an_error():
+    model = seeded(Averages("buffer"), 0)
+    start = clone(model.state_dict(), 3)
+    with pytest.raises(RuntimeError, match=r"batch_clones: expected .* changes mean in place"):
+        fit(model, start, DATA, RECIPE, runtime=TOGETHER)
 
 
 def test_dropout_is_batched_where_it_does_nothing():
@@ -322,7 +361,7 @@ def test_trials_in_two_threads_leave_the_filters_of_warnings_as_they_were():
         first_is_over.wait(60)
 
     def trial(forward):
-        return _can_batch(nn.Linear(2, 2), Lane([], forward, dict), torch.zeros(2, 2), 2)
+        return _can_batch(Lane(nn.Linear(2, 2), [], forward, dict), torch.zeros(2, 2), 2)
 
     before = list(warnings.filters)
     thread = threading.Thread(target=trial, args=[second])
