@@ -52,7 +52,7 @@ class Averaging(AsyncStrategy):
         if proximal_mu is not None and not 0 <= proximal_mu < float("inf"):
             raise ValueError(f"proximal_mu: expected at least 0, got {proximal_mu}")
         self.staleness_weight = staleness_weight
-        self.proximal_mu = proximal_mu
+        self.proximal_mu = None if proximal_mu is None else float(proximal_mu)
         self.measure = measure
         self.params: StateDict | None = None
         self._measured: dict[str, float] = {}
@@ -124,7 +124,8 @@ class Averaging(AsyncStrategy):
 
     def measurements(self, params: StateDict) -> dict[str, float]:
         """Return the metrics of a model, none without `measure`."""
-        return {} if self.measure is None else dict(self.measure(params))
+        measured = {} if self.measure is None else self.measure(params)
+        return {name: float(number) for name, number in measured.items()}
 
     def advance(self, params: StateDict, measured: dict[str, float]) -> None:
         """Publish a new global model and its metrics as the next version."""

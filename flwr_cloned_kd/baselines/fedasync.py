@@ -47,7 +47,7 @@ class FedAsync(Averaging):
         super().__init__(staleness_weight, proximal_mu, measure, loop)
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha: expected above 0 to 1, got {alpha}")
-        self.alpha = alpha
+        self.alpha = float(alpha)
 
     def learn(self, trained: StateDict, sent: StateDict, weight: float) -> dict[str, float]:
         """Mix a model into the global one."""

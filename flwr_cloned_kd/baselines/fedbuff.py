@@ -70,8 +70,8 @@ class FedBuff(Averaging):
         check_count("buffer_size", buffer_size)
         if not 0 < server_lr < float("inf"):
             raise ValueError(f"server_lr: expected above 0, got {server_lr}")
-        self.buffer_size = buffer_size
-        self.server_lr = server_lr
+        self.buffer_size = int(buffer_size)
+        self.server_lr = float(server_lr)
         self.statistics = statistics
         self.buffered = 0
         """Number of answers in the buffer, below K."""

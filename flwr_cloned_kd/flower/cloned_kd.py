@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from logging import INFO, WARNING
+from numbers import Integral, Real
 from typing import Any, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -25,10 +26,6 @@ from ..method.rollback import KeptAnswer, KeptRound, accepted_of, contradiction,
 from ..method.state import CoreState
 from ..method.variants import Send, cloned
 from .kept_rounds import Entry, KeptRounds
-
-NUMBERS = (bool, int, float)
-ADDED = ("steps", "optimizer", "max_grad_norm")
-"""Options that checkpoints of an older version do not have; None is left out of the settings."""
 
 
 class ClonedKD(AsyncStrategy):
@@ -91,7 +88,7 @@ class ClonedKD(AsyncStrategy):
         check_count("max_together", max_together)
         check_wire_dtype(wire_dtype)
         self.core = core
-        self.num_clones = num_clones
+        self.num_clones = int(num_clones)
         self.staleness_weight = staleness_weight
         self.send = send
         self.wire_dtype = wire_dtype
@@ -278,7 +275,10 @@ class ClonedKD(AsyncStrategy):
         )
         if size(edge) > self.num_clones:
             raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
-        weight = 1.0 if self.staleness_weight is None else self.staleness_weight(answer.staleness)
+        # A user's function may return a number of NumPy or PyTorch: no checkpoint can hold one.
+        weight = (
+            1.0 if self.staleness_weight is None else float(self.staleness_weight(answer.staleness))
+        )
         read = KeptAnswer(
             edge=dispatch.edge,
             number=dispatch.number,
@@ -330,13 +330,17 @@ class ClonedKD(AsyncStrategy):
         self._kept.resume(rounds, next_file)
 
     def settings(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common; functions by their names."""
+        """Return what a resumed run must have in common; functions by their names.
+
+        An option that is not used is None, which is also what a checkpoint of an older version,
+        without this option, is taken to have.
+        """
         distillation = self.core.distillation
         options = {**vars(distillation), **vars(distillation.recipe)}
         numbers = {
-            name: value
+            name: value if value is None else _plain(value)
             for name, value in options.items()
-            if (value is None and name not in ADDED) or type(value) in NUMBERS
+            if value is None or isinstance(value, Real)
         }
         rules = {
             name: _name(value)
@@ -345,14 +349,13 @@ class ClonedKD(AsyncStrategy):
         }
         if distillation.recipe.optimizer is not None:
             rules["optimizer"] = optimizer_name(distillation.recipe)
-        if self.core.task != classification:
-            rules["task"] = type(self.core.task).__name__
+        is_default_task = self.core.task == classification
         return {
             "num_clones": self.num_clones,
-            "seed": self.core.seed,
+            "seed": int(self.core.seed),
+            "task": None if is_default_task else type(self.core.task).__name__,
             "core_samples": len(self.core.dataset[1]),
             "send": _name(self.send),
-            # None, as in the checkpoints of a version without this option.
             "wire_dtype": None if self.wire_dtype == "float32" else self.wire_dtype,
             **numbers,
             **rules,
@@ -386,6 +389,13 @@ class ClonedKD(AsyncStrategy):
             # What the edge reads: the core counts the clones' movement from there.
             self._sent = received(sent, self.wire_dtype)
             self._encoded = encode_request(sent, self.wire_dtype)
+
+
+def _plain(number: Real) -> float:
+    """Return a number of Python, which JSON can hold, for one of NumPy."""
+    if isinstance(number, int | float):
+        return number
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def _name(rule: Callable[..., Any] | float | str) -> str:

@@ -364,9 +364,8 @@ class Core:
 
     def _share(self, knowledge: Knowledge) -> float:
         rule = self.distillation.student_start
-        if not callable(rule):
-            return rule
-        share = rule(knowledge)
+        # As for the trust: no row can hold a number of NumPy or PyTorch.
+        share = float(rule(knowledge) if callable(rule) else rule)
         if not 0 <= share <= 1:
             raise ValueError(f"student_start: expected 0 to 1 from the function, got {share}")
         return share

@@ -155,7 +155,7 @@ def replay(
         weight = answer.weight
         has_changed = used - sent != answer.used_version - answer.sent_version
         if has_changed and staleness_weight is not None:
-            weight = staleness_weight(used - sent)
+            weight = float(staleness_weight(used - sent))
         earlier = tuple({**row, **measured.get(row["number"], {})} for row in answer.earlier)
         return answer._replace(sent_version=sent, used_version=used, weight=weight, earlier=earlier)
 

@@ -277,7 +277,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(make):
     [
         (FedAsync, {"alpha": 0.5}, {}, "alpha: expected 0.6, got 0.5"),
         (FedBuff, {"buffer_size": 2}, {}, "buffer_size: expected 10, got 2"),
-        (FedBuff, {}, {"server_lr": 2}, "server_lr: expected 2, got 1.0"),
+        (FedBuff, {}, {"server_lr": 2}, "server_lr: expected 2.0, got 1.0"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(make, before, after, expected, tmp_path):
@@ -448,6 +448,29 @@ def test_measurements_follow_the_model_and_may_refuse_one():
     with pytest.raises(ValueError, match="expected at most 5"):
         answer(strategy, dispatch, 7)
     assert (weight_of(strategy), strategy.version, strategy.buffered) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("number", [np.float32, torch.tensor], ids=["NumPy", "PyTorch"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda number, **options: FedAsync(alpha=number(0.5), **options),
+        lambda number, **options: FedBuff(
+            buffer_size=np.int64(1), server_lr=number(0.5), **options
+        ),
+    ],
+    ids=["FedAsync", "FedBuff"],
+)
+def test_numbers_of_numpy_and_pytorch_count_as_numbers(make, number, tmp_path):
+    strategy = make(
+        number,
+        measure=lambda params: {"w": number(params["w"].item())},
+        staleness_weight=lambda staleness: number(1.0),
+        proximal_mu=number(0.0),
+        checkpoint=tmp_path / "model.ckpt",
+    )
+    strategy.start(FakeGrid([node(8.0)]), model(0), num_rounds=1)
+    assert (weight_of(strategy), strategy.history[0]["w"]) == (4, 4)
 
 
 def test_an_answer_that_measure_refuses_does_not_stay_in_the_buffer():

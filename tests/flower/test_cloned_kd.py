@@ -1,6 +1,7 @@
 """ClonedKD and its loop: whom it asks, what it survives, what it tells."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 
-from flwr_cloned_kd import ClonedKD, digits_cnn
+from flwr_cloned_kd import ClonedKD, Distillation, digits_cnn
 from flwr_cloned_kd.io.messages import metrics_of
 from tests.helpers.fake_grid import FakeGrid, Flaky, silent
-from tests.helpers.federation import app, apps, small_core
+from tests.helpers.federation import RECIPE, app, apps, small_core
 
 
 def first(core):
@@ -453,6 +454,38 @@ def test_options_out_of_range_are_refused(options):
         ClonedKD(small_core(), **options)
 
 
+@pytest.mark.parametrize("number", [float, np.float64, np.float32, torch.tensor])
+@pytest.mark.parametrize("start", ["number", "function"])
+def test_numbers_of_numpy_and_pytorch_count_as_numbers(number, start, tmp_path):
+    half = number(0.5)
+    share = half if start == "number" else lambda knowledge: half
+    core = small_core(
+        seed=np.int64(7), distillation=Distillation(recipe=RECIPE, student_start=share)
+    )
+    strategy, history, _ = run(
+        core,
+        FakeGrid(apps(2)),
+        rounds=2,
+        num_clones=np.int64(2),
+        staleness_weight=lambda staleness: half,
+        checkpoint=tmp_path / "core.ckpt",
+        keep_rounds=2,
+    )
+    assert [row["accepted"] for row in history] == [1, 1]
+    assert [row["student-start"] for row in history] == [0.5, 0.5]
+    assert strategy.state.memory_weights == (0.5, 0.5)
+    again = ClonedKD(
+        replace(core, seed=7),
+        num_clones=2,
+        staleness_weight=lambda staleness: half,
+        checkpoint=tmp_path / "core.ckpt",
+        keep_rounds=2,
+        quarantine=["0"],
+    )
+    again.start(FakeGrid(apps(2)), first(core), num_rounds=2)
+    assert again.state.version == 1
+
+
 def test_state_before_the_start_is_an_error():
     with pytest.raises(RuntimeError, match=r"expected start\(\) first"):
         _ = ClonedKD(small_core()).arrays
@@ -501,7 +534,7 @@ def test_what_an_edge_reports_does_not_pass_for_what_the_core_measures():
 
 def test_a_negative_staleness_weight_is_named():
     _, history, _ = run(small_core(), FakeGrid(apps(1)), rounds=1, staleness_weight=lambda s: -1)
-    assert history[0]["cause"] == "weight: expected at least 0, got -1"
+    assert history[0]["cause"] == "weight: expected at least 0, got -1.0"
 
 
 def test_a_number_that_no_float_holds_is_dropped():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flwr_cloned_kd import ClonedKD, Core, correct, retained
+from flwr_cloned_kd import ClonedKD, Core, Distillation, Recipe, correct, retained
 from flwr_cloned_kd.io import checkpoint as file
 from flwr_cloned_kd.method.variants import scratch
 from tests.helpers import victim
@@ -352,6 +352,30 @@ def test_another_distillation_is_named(written, change, expected):
     other = ClonedKD(replace(core, distillation=distillation), num_clones=2, checkpoint=written)
     with pytest.raises(ValueError, match=rf"core\.ckpt: {expected}"):
         start_from(written, other)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"optimizer": torch.optim.AdamW}, "optimizer: expected None, got AdamW"),
+        ({"steps": 3}, "steps: expected None, got 3"),
+        ({"max_grad_norm": 1.0}, r"max_grad_norm: expected None, got 1\.0"),
+    ],
+)
+def test_an_option_that_only_the_earlier_run_had_is_named(path, recipe, expected):
+    core = replace(victim.make().core, distillation=Distillation(recipe=Recipe(**recipe)))
+    victim.run(ClonedKD(core, num_clones=2, checkpoint=path), 1)
+    plain = replace(core, distillation=Distillation(recipe=Recipe()))
+    with pytest.raises(ValueError, match=rf"core\.ckpt: {expected}"):
+        victim.run(ClonedKD(plain, num_clones=2, checkpoint=path), 1)
+
+
+def test_another_task_of_the_earlier_run_is_named(written):
+    tensors, header = file.read(written)
+    header["settings"]["task"] = "SeveralLabels"
+    file.write(written, tensors, header)
+    with pytest.raises(ValueError, match=r"core\.ckpt: task: expected None, got SeveralLabels"):
+        victim.run(victim.make(written), 2)
 
 
 def test_another_start_of_the_edges_is_named(written):
