@@ -242,6 +242,6 @@ def _same_bits(left: StateDict, right: StateDict) -> bool:
     return left.keys() == right.keys() and all(
         tensor.dtype == right[name].dtype
         and tensor.shape == right[name].shape
-        and torch.equal(bits(tensor), bits(right[name]))
+        and (not tensor.numel() or torch.equal(bits(tensor), bits(right[name])))
         for name, tensor in left.items()
     )

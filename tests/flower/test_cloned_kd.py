@@ -10,10 +10,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 
-from flwr_cloned_kd import ClonedKD, Distillation, digits_cnn
+from flwr_cloned_kd import (
+    ClipClones,
+    ClonedKD,
+    Distillation,
+    EdgeClient,
+    Runtime,
+    digits_cnn,
+    edge_app,
+    take,
+)
 from flwr_cloned_kd.io.messages import metrics_of
 from tests.helpers.fake_grid import FakeGrid, Flaky, silent
-from tests.helpers.federation import RECIPE, app, apps, small_core
+from tests.helpers.federation import PARTS, RECIPE, TRAIN, app, apps, small_core
 
 
 def first(core):
@@ -484,6 +493,39 @@ def test_numbers_of_numpy_and_pytorch_count_as_numbers(number, start, tmp_path):
     )
     again.start(FakeGrid(apps(2)), first(core), num_rounds=2)
     assert again.state.version == 1
+
+
+class WithEmptyTensors(torch.nn.Module):
+    """A model with tensors of size 0, and with a parameter that is a single number."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.shift = torch.nn.Linear(64, 10), torch.nn.Parameter(torch.zeros(()))
+        self.empty = torch.nn.Parameter(torch.zeros(0, 3))
+        self.register_buffer("none", torch.zeros(0, dtype=torch.int64))
+
+    def forward(self, images):
+        return self.head(images.flatten(1)) + self.shift + self.empty.sum()
+
+
+@pytest.mark.parametrize("batch_clones", [True, False])
+@pytest.mark.parametrize("wire_dtype", ["float32", "int8"])
+def test_a_model_with_tensors_of_size_0_trains_travels_and_is_undone(
+    wire_dtype, batch_clones, tmp_path
+):
+    recipe = replace(RECIPE, max_grad_norm=1.0)
+    runtime = Runtime(batch_clones=batch_clones)
+
+    def client(context):
+        return EdgeClient(WithEmptyTensors(), take(TRAIN, PARTS[1]), recipe, runtime=runtime)
+
+    core = small_core(model=WithEmptyTensors(), recipe=recipe, guard=None)
+    options = {"checkpoint": tmp_path / "core.ckpt", "keep_rounds": 2, "wire_dtype": wire_dtype}
+    nodes = [edge_app(client, mods=[ClipClones(1.0)]) for _ in range(3)]
+    strategy, _, _ = run(core, FakeGrid(nodes), rounds=2, **options)
+    assert strategy.state.version == 2
+    strategy, history, _ = run(core, FakeGrid(nodes), rounds=3, quarantine=["0"], **options)
+    assert (strategy.state.version, history[0]["cause"]) == (2, "")
 
 
 def test_state_before_the_start_is_an_error():
