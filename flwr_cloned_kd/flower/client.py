@@ -95,7 +95,7 @@ class EdgeClient(NumPyClient):
 
     def get_parameters(self, config: dict[str, Scalar]) -> NDArrays:
         """Return the weights of the model that travel, in the order of its state dict."""
-        return [tensor.numpy() for tensor in trained_state(self.model).values()]
+        return [tensor.cpu().numpy() for tensor in trained_state(self.model).values()]
 
     def fit(
         self, parameters: NDArrays, config: dict[str, Scalar]
@@ -145,10 +145,12 @@ class EdgeClient(NumPyClient):
             num_frozen = len(frozen_state(self.model))
             why = f", as {num_frozen} of this edge's model are frozen" if num_frozen else ""
             raise ValueError(f"parameters: expected {len(like)} arrays{why}, got {len(parameters)}")
-        # FedAvg averages integer counters into floats; the model needs integers.
+        # FedAvg averages integer counters into floats; the model needs integers. The model may be
+        # on a GPU: only the types of its tensors are converted to those of NumPy.
+        dtypes = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in like.values()]
         named = {
-            name: np.asarray(array).astype(like[name].numpy().dtype)
-            for name, array in zip(like, parameters)
+            name: np.asarray(array).astype(dtype)
+            for name, array, dtype in zip(like, parameters, dtypes)
         }
         return member(as_ensemble(named, like), 0)
 

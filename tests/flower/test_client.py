@@ -19,6 +19,7 @@ from flwr_cloned_kd import (
     take,
     train_edge,
 )
+from flwr_cloned_kd.flower import client as client_module
 from tests.helpers.federation import PARTS, RECIPE, TRAIN, app, edge_client
 
 
@@ -34,6 +35,25 @@ def ask(content, kind="train", client_app=None, **node_config):
 
 def arrays():
     return ArrayRecord(digits_cnn().state_dict())
+
+
+def test_the_model_of_a_client_may_be_on_another_device(monkeypatch):
+    # PyTorch's device "meta", which has no numbers, stands for a GPU: NumPy can read neither.
+    monkeypatch.setattr(client_module, "fit", lambda model, ensemble, *rest, **options: ensemble)
+    data = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+    client = EdgeClient(torch.nn.Linear(2, 2).to("meta"), data, RECIPE)
+    sent = [np.ones((2, 2)), np.zeros(2)]  # float64, as some strategies average
+    trained, _, _ = client.fit(sent, {})
+    assert [array.dtype for array in trained] == [np.float32, np.float32]
+    assert (trained[0] == 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_model_of_a_client_may_be_on_a_gpu():
+    client = EdgeClient(digits_cnn().cuda(), take(TRAIN, PARTS[1]), RECIPE)
+    trained, _, _ = client.fit(client.get_parameters({}), {"num-clones": 2})
+    assert all(len(array) == 2 for array in trained)
 
 
 def test_a_request_for_clones_is_answered_with_an_ensemble():
