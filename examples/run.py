@@ -49,6 +49,7 @@ def main() -> int:
         if arguments.num_edges is not None:
             config["num-edges"] = arguments.num_edges
         settings = check(folder, config)
+        config |= place_of_data(settings)
         results = Path(arguments.results or settings.results or "results").absolute()
         overrides = as_pairs(config | {"results": str(results)})
     except ValueError as error:
@@ -107,6 +108,20 @@ def check(app: Path, config: dict[str, Any]) -> Settings:
     """Check the settings before a process starts: Flower's error names no setting."""
     defaults = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     return Settings.read(defaults | config)
+
+
+def place_of_data(settings: Settings) -> dict[str, str]:
+    """Return an absolute `data-path` for data in a file or a folder: Flower runs the app elsewhere.
+
+    Raises:
+        ValueError: if there is no archive.
+    """
+    if settings.dataset not in ("cifar100", "npz"):
+        return {}
+    path = Path(settings.data_path or "data").absolute()
+    if settings.dataset == "npz" and not path.is_file():
+        raise ValueError(f"run-config data-path: expected an archive, got no file {str(path)!r}")
+    return {"data-path": str(path)}
 
 
 def as_pairs(config: dict[str, Any]) -> str:

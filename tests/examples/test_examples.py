@@ -171,6 +171,25 @@ def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
     assert resources["num-supernodes"] == 3
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("dataset='npz' data-path='my.npz'", "my.npz"),
+        ("dataset='cifar100' data-path='images'", "images"),
+        ("dataset='cifar100'", "data"),
+    ],
+)
+def test_the_runner_finds_data_from_the_present_folder(monkeypatch, tmp_path, config, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("my.npz").touch()
+    assert started(monkeypatch, "--run-config", config)[0]["data-path"] == str(tmp_path / expected)
+
+
+def test_the_runner_leaves_the_name_of_a_huggingface_dataset(monkeypatch):
+    config, _ = started(monkeypatch, "--run-config", "dataset='huggingface' data-path='me/mine'")
+    assert config["data-path"] == "me/mine"
+
+
 def test_a_path_with_an_apostrophe_arrives_unchanged(monkeypatch, tmp_path):
     config, _ = started(monkeypatch, "--results", tmp_path / "Ann's")
     assert config["results"] == str(tmp_path / "Ann's")
@@ -182,6 +201,10 @@ def test_a_path_with_an_apostrophe_arrives_unchanged(monkeypatch, tmp_path):
         (["--run-config", "gone.toml"], "--run-config gone.toml: [Errno 2] No such file"),
         (["--results", 'Ann\'s "x"'], "results: expected one kind of quotes at most"),
         (["--num-edges", "0"], "run-config num-edges: expected at least 1, got 0"),
+        (
+            ["--run-config", "dataset='npz' data-path='/nowhere/x.npz'"],
+            "run-config data-path: expected an archive, got no file '/nowhere/x.npz'",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, arguments, message):
@@ -200,10 +223,11 @@ def test_a_wrong_setting_ends_the_runner(tmp_path):
 
 @pytest.mark.simulation
 def test_a_run_that_fails_inside_the_app_exits_with_its_cause(tmp_path):
-    result = run_app(tmp_path, "dataset='npz' data-path='/nowhere/x.npz'")
+    (tmp_path / "x.npz").write_text("no archive")
+    result = run_app(tmp_path, f"dataset='npz' data-path='{tmp_path}/x.npz'")
     assert result.returncode == 1
     assert "The run failed (finished:failed)" in result.stderr
-    assert "No such file or directory: '/nowhere/x.npz'" in result.stderr
+    assert f"ValueError: {tmp_path}/x.npz: expected an .npz archive of numbers" in result.stderr
 
 
 @pytest.mark.simulation
