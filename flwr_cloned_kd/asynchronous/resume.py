@@ -1,16 +1,20 @@
 """What a run writes to disk after every round, and how a later run reads it."""
 
 import json
+from collections.abc import Mapping
 from logging import WARNING
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from flwr.app import MetricRecord
 from flwr.common import log
+from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..io.checkpoint import newest, previous, write
+from .rounds import NOT_METRICS
 from .session import Progress
 
 ROUNDS = "run/rounds"
@@ -33,6 +37,21 @@ class SavedRun(NamedTuple):
     """One row for each round."""
     evaluations: dict[int, dict[str, Any]]
     """Round -> metrics of the user's evaluation."""
+
+    def require(self, strategy: str, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError unless this run was made by such a strategy."""
+        saved = {"strategy": self.strategy, **self.settings}
+        for name, value in {"strategy": strategy, **settings}.items():
+            if saved.get(name) != value:
+                raise ValueError(f"{name}: expected {value}, got {saved.get(name)}")
+
+    def copy_metrics(self, result: Result) -> None:
+        """Put the metrics of the rounds of this run into Flower's result."""
+        for row in self.history:
+            numbers = {name: value for name, value in row.items() if name not in NOT_METRICS}
+            result.train_metrics_clientapp[row["round"]] = MetricRecord(numbers)
+        for server_round, metrics in self.evaluations.items():
+            result.evaluate_metrics_serverapp[server_round] = MetricRecord(metrics)
 
 
 def save(path: Path, run: SavedRun) -> bool:

@@ -21,9 +21,10 @@ from .callbacks import Callback, Callbacks, RunStart
 from .clock import Stepped, clock_of
 from .courier import Courier
 from .resume import SavedRun, load, save
-from .rounds import NOT_METRICS, costs, log_round
+from .rounds import costs, log_round
 from .session import Answer, Dispatch, Received, Session
 from .timeline import Event
+from .undo import learned_from, undo_edges
 
 WAIT_SECONDS = 0.2
 
@@ -458,36 +459,18 @@ class AsyncStrategy(Strategy):
         if not self._must_undo:
             return
         self._must_undo = False
-        present = {row["edge"] for row in self.history if row["accepted"] and not row.get("undone")}
-        if not (edges := present & self.quarantined):
+        edges = learned_from(self.history) & self.quarantined
+        if not edges:
             return
-        failures = dict[str, str]()
-        if cause := self._undo(edges):
-            # One edge that cannot be undone must not keep the others in the model.
-            alone = len(edges) == 1
-            causes = {edge: cause if alone else self._undo({edge}) for edge in sorted(edges)}
-            failures = {edge: why for edge, why in causes.items() if why}
-        for edge, why in failures.items():
+        versions, failures = undo_edges(self.undo, edges, self.history)
+        self._undone_versions += versions
+        for edge, cause in failures.items():
             if courier is None and edge in self._required:
-                raise ValueError(f"quarantine: edge {edge!r}: {why}")
+                raise ValueError(f"quarantine: edge {edge!r}: {cause}")
             text = "The run goes on with what it learned from quarantined edge %s: %s"
-            log(WARNING, text, edge, why)
-        if result is not None and len(failures) < len(edges):
+            log(WARNING, text, edge, cause)
+        if result is not None and versions:
             self._save(result, courier)
-
-    def _undo(self, edges: Set[str]) -> str:
-        """Undo edges and mark their rounds; return why this is not possible, "" if it was."""
-        try:
-            numbers = self.undo(edges)
-        except ValueError as error:
-            return str(error)
-        # The model counts an answer as a version, in the order of the rounds.
-        accepted = (row for row in self.history if row["accepted"])
-        for version, row in enumerate(accepted, 1):
-            if row["number"] in numbers:
-                row["undone"] = 1.0
-                self._undone_versions.append(version)
-        return ""
 
     def _compose(
         self, number: int, node: int, now: float, config: ConfigRecord
@@ -594,21 +577,13 @@ class AsyncStrategy(Strategy):
             raise ValueError(message) from None
         except ValueError as error:
             raise ValueError(f"{self.checkpoint}: {error}") from None
-        for row in run.history:
-            numbers = {name: value for name, value in row.items() if name not in NOT_METRICS}
-            result.train_metrics_clientapp[row["round"]] = MetricRecord(numbers)
-        for server_round, metrics in run.evaluations.items():
-            result.evaluate_metrics_serverapp[server_round] = MetricRecord(metrics)
+        run.copy_metrics(result)
         text = "Resuming from %s after %d rounds; the initial arrays are not used"
         log(INFO, text, self.checkpoint, len(run.history))
         return True
 
     def _take_over(self, run: SavedRun) -> None:
-        settings = {"strategy": type(self).__name__, **self.settings()}
-        saved = {"strategy": run.strategy, **run.settings}
-        for name, value in settings.items():
-            if saved.get(name) != value:
-                raise ValueError(f"{name}: expected {value}, got {saved.get(name)}")
+        run.require(type(self).__name__, self.settings())
         self.load_state_dict(run.tensors, run.state)
         self.version = run.version
         with self.publishing:

@@ -161,7 +161,12 @@ def test_the_script_measures_all_three_apps(tmp_path):
 
 
 @pytest.mark.simulation
-@pytest.mark.parametrize("diffs", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "diffs",
+    # Every commit runs the last step under Flower, and the tests above run both in one process.
+    [pytest.param(STEPS["first"], marks=pytest.mark.slow), STEPS["second"]],
+    ids=STEPS,
+)
 def test_the_changed_app_runs_under_flwr_run(tmp_path, diffs, capsys):
     app = copy(tmp_path, *diffs)
     resources = {"num-supernodes": 3, "client-resources-num-cpus": 1}

@@ -81,32 +81,28 @@ def plain_accuracies(settings):
 
 
 @pytest.mark.simulation
-def test_two_runs_and_the_plain_loop_give_the_same_rounds(tmp_path):
-    config = f"{SHORT} seed=5"
-    runs = []
-    for name, strategies in (("first", "cloned-kd,fedavg,fedprox"), ("second", "cloned-kd")):
-        result = run_app(tmp_path / name, f"{config} strategy='{strategies}'")
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "Comparison (first core:" in result.stdout
-        assert "Final core accuracy:" in result.stdout
-        runs.append(rows(tmp_path / name))
-        (folder,) = (tmp_path / name).iterdir()
-        assert {path.name for path in folder.iterdir()} == {
-            "config.json",
-            "events-cloned-kd.jsonl",
-            "metrics.jsonl",
-            "summary.json",
-            "accuracy.png",
-            "timeline-cloned-kd.png",
-        }
-    first, second = runs
-    assert first[:9] == second
+def test_a_run_and_the_plain_loop_give_the_same_rounds(tmp_path):
+    result = run_app(tmp_path, f"{SHORT} seed=5 strategy='cloned-kd,fedavg,fedprox'")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Comparison (first core:" in result.stdout
+    assert "Final core accuracy:" in result.stdout
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "events-cloned-kd.jsonl",
+        "metrics.jsonl",
+        "summary.json",
+        "accuracy.png",
+        "timeline-cloned-kd.png",
+    }
     settings = Settings(core_epochs=6, edge_epochs=4, distill_epochs=4, seed=5)
-    cloned = [row for row in first if row["strategy"] == "cloned-kd"]
+    all_rows = rows(tmp_path)
+    cloned = [row for row in all_rows if row["strategy"] == "cloned-kd"]
+    assert cloned == all_rows[:9]
     assert [row["edge"] for row in cloned] == [str(edge) for edge in range(9)]
     for row, expected in zip(cloned, plain_accuracies(settings), strict=True):
         assert {key: row[key] for key in expected} == expected
-    assert [row["strategy"] for row in first[9:]] == ["fedavg", "fedprox"]
+    assert [row["strategy"] for row in all_rows[9:]] == ["fedavg", "fedprox"]
 
 
 @pytest.mark.parametrize(

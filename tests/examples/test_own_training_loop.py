@@ -89,6 +89,7 @@ def test_the_same_seed_gives_the_same_rounds(modules, tmp_path):
 
 
 @pytest.mark.simulation
+@pytest.mark.slow  # The tests above run it in one process, and other apps run under Flower.
 def test_the_app_runs_under_flwr_run(tmp_path, capsys):
     resources = {"num-supernodes": 3, "client-resources-num-cpus": 1}
     home = tmp_path / "home"
