@@ -1,4 +1,4 @@
-"""Run an example app in Flower's simulation, and exit with 1 if it failed.
+"""Run the quickstart in Flower's simulation, and exit with 1 if it failed.
 
 `flwr run` leaves a SuperLink behind and exits with 0 even if the app raised. This script starts
 a SuperLink of its own, streams the run, ends the SuperLink, and exits with 1 and the cause if the
@@ -17,12 +17,12 @@ from typing import Any
 
 from launch import Launcher, exit_with
 
-from flwr_cloned_kd.apps.settings import Settings
+from flwr_cloned_kd.apps.settings import Settings, knobs
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("app", type=Path, help="folder of the app, such as quickstart_digits")
+    parser.add_argument("app", type=Path, help="folder of the app: quickstart_digits or a copy")
     parser.add_argument(
         "--run-config",
         action="append",
@@ -105,8 +105,19 @@ def parse(overrides: list[str]) -> dict[str, Any]:
 
 
 def check(app: Path, config: dict[str, Any]) -> Settings:
-    """Check the settings before a process starts: Flower's error names no setting."""
-    defaults = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    """Check the settings before a process starts: Flower's error names no setting.
+
+    Raises:
+        ValueError: for a wrong setting, or an app with other settings than the quickstart.
+    """
+    project = tomllib.loads((app / "pyproject.toml").read_text())
+    defaults = project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {})
+    unknown = sorted(defaults.keys() - {knob.key for knob in knobs()})
+    if unknown or not defaults:
+        raise ValueError(
+            f"{app / 'pyproject.toml'}: expected the settings of the quickstart, got "
+            f"{', '.join(unknown) or 'none'}; run other apps with `flwr run`"
+        )
     return Settings.read(defaults | config)
 
 

@@ -37,6 +37,8 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
         }
         if not row["accepted"]:
             fractions["core-accuracy"] = "refused"
+        elif row.get("undone"):
+            fractions["core-accuracy"] = "undone"
         table.add_row(
             row["strategy"],
             str(row["round"]),

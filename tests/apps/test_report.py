@@ -128,6 +128,11 @@ def test_tables_show_every_round_and_every_strategy(report):
     assert "first core: 0.500" in text
 
 
+def test_the_table_of_rounds_marks_undone_ones():
+    rows = [{"strategy": "cloned-kd", **row(1, 0.6), "seconds": 1.0, "undone": 1.0}]
+    assert list(rounds_table(rows).columns[7].cells) == ["undone"]
+
+
 def seconds_row(server_round, seconds, idle, core, train):
     numbers = {"core-idle-seconds": idle, "core-seconds": core, "reported-train-seconds": train}
     return {"strategy": "cloned-kd", **row(server_round, 0.6), "seconds": seconds, **numbers}

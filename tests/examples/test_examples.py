@@ -210,6 +210,13 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, argument
     assert text.count("\n") == 1
 
 
+@pytest.mark.parametrize(("folder", "got"), [(EXAMPLES / "tabular", "epochs"), (ROOT, "none")])
+def test_the_runner_names_an_app_that_it_cannot_run(folder, got):
+    message = f"expected the settings of the quickstart, got {got}"
+    with pytest.raises(ValueError, match=message):
+        runner().check(folder, {})
+
+
 def test_a_wrong_setting_ends_the_runner(tmp_path):
     result = run_app(tmp_path, "varaint='CEM'")
     assert result.returncode == 2
