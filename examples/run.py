@@ -34,7 +34,7 @@ def main() -> int:
         "--num-edges", type=int, help="simulated nodes (default: num-edges of the run-config)"
     )
     parser.add_argument(
-        "--num-cpus", type=float, default=1, help="CPU cores that each edge needs (default: 1)"
+        "--num-cpus", type=int, default=1, help="CPU cores that each edge needs (default: 1)"
     )
     parser.add_argument(
         "--num-gpus", type=float, default=0, help="GPUs that each edge needs (default: 0)"

@@ -157,6 +157,12 @@ def test_the_runner_takes_edges_and_results_from_the_run_config(monkeypatch, tmp
     assert started(monkeypatch)[0] == {"results": str(tmp_path / "results")}
 
 
+def test_the_runner_gives_edges_cpus_and_gpus_in_the_form_that_flower_takes(monkeypatch):
+    _, resources = started(monkeypatch, "--num-cpus", 2, "--num-gpus", 0.25)
+    pairs = " ".join(f"{key}={value}" for key, value in resources.items())
+    assert pairs.endswith("client-resources-num-cpus=2 client-resources-num-gpus=0.25")
+
+
 def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
     file = tmp_path / "my.toml"
     lines = ["num-edges = 3", "lr = 0.05", "cuda-graphs = true", 'data-path = "Ann\'s"  # a string']
