@@ -19,6 +19,9 @@ from launch import Launcher, exit_with
 
 from flwr_cloned_kd.apps.settings import Settings, knobs
 
+OUTER_ERRORS = ("Simulation Runtime crashed.", "An error was encountered. Ending simulation.")
+"""Texts of the errors with which Flower's simulation wraps the one that says what went wrong."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -176,7 +179,12 @@ def simulate(
 def cause(lines: list[str]) -> str:
     """Pick the line of the log that says what went wrong."""
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in lines]
-    errors = [line for line in plain if re.search(r"\w*(Error|Exception)\b.*:|expected", line)]
+    errors = [
+        line
+        for line in plain
+        if re.search(r"\w*(Error|Exception)\b.*:|expected", line)
+        and not any(text in line for text in OUTER_ERRORS)
+    ]
     return errors[-1] if errors else "\n".join(plain[-5:])
 
 

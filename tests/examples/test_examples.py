@@ -163,6 +163,17 @@ def test_the_runner_gives_edges_cpus_and_gpus_in_the_form_that_flower_takes(monk
     assert pairs.endswith("client-resources-num-cpus=2 client-resources-num-gpus=0.25")
 
 
+def test_the_cause_of_a_failed_run_is_the_innermost_error():
+    lines = [
+        "ValueError: ActorPool is empty. Check `num_cpus`",
+        '    raise RuntimeError("Simulation Runtime crashed.") from ex',
+        "RuntimeError: Simulation Runtime crashed.",
+        "RuntimeError: An error was encountered. Ending simulation.",
+        "\x1b[91mERROR \x1b[0m:     Exit Code: 700",
+    ]
+    assert runner().cause(lines) == lines[0]
+
+
 def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
     file = tmp_path / "my.toml"
     lines = ["num-edges = 3", "lr = 0.05", "cuda-graphs = true", 'data-path = "Ann\'s"  # a string']
