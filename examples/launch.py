@@ -26,6 +26,8 @@ START_SECONDS = 120.0
 STOP_SECONDS = 20.0
 MAX_LINES = 40
 """Lines of a run's log that `Launcher.stream` keeps."""
+SERVER_APPS = ("flwr-serverapp", "flwr-simulation")
+"""Names of the processes in which Flower runs a ServerApp."""
 
 
 class Launcher:
@@ -165,14 +167,17 @@ class Launcher:
     def end(self, *names: str) -> None:
         """End processes and all that they started.
 
-        The named processes get SIGTERM first, so that each can end its own children in order. Then
-        the processes that are left of them get SIGTERM, and at last SIGKILL.
+        A ServerApp among them is killed first. If the edges ended before it, it would record their
+        errors as refused rounds, and a run that resumes from its checkpoint would not ask these
+        edges again. Then the named processes get SIGTERM, so that each can end its own children in
+        order. Then the processes that are left of them get SIGTERM, and at last SIGKILL.
         """
         with uninterrupted():
             # The id of a process that was waited for may belong to another process by now.
             processes = [self.processes.pop(name) for name in names]
             leaders = [process for process in processes if process.returncode is None]
             families = [member for leader in leaders for member in family(leader)]
+            _stop([member for member in families if is_server_app(member)], signal.SIGKILL)
             _stop(leaders, signal.SIGTERM)
             _stop(families, signal.SIGTERM)
             _stop(families, signal.SIGKILL)
@@ -192,6 +197,14 @@ def family(leader: psutil.Process) -> list[psutil.Process]:
             if os.getpgid(process.pid) == leader.pid:
                 members |= {process, *process.children(recursive=True)}
     return list(members)
+
+
+def is_server_app(process: psutil.Process) -> bool:
+    """Return whether a process runs a ServerApp."""
+    try:
+        return process.name() in SERVER_APPS
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_running(process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""Run an example app in Flower's simulation, and exit with 1 if it failed.
+"""Run the quickstart in Flower's simulation, and exit with 1 if it failed.
 
 `flwr run` leaves a SuperLink behind and exits with 0 even if the app raised. This script starts
 a SuperLink of its own, streams the run, ends the SuperLink, and exits with 1 and the cause if the
@@ -17,12 +17,15 @@ from typing import Any
 
 from launch import Launcher, exit_with
 
-from flwr_cloned_kd.apps.settings import Settings
+from flwr_cloned_kd.apps.settings import Settings, knobs
+
+OUTER_ERRORS = ("Simulation Runtime crashed.", "An error was encountered. Ending simulation.")
+"""Texts of the errors with which Flower's simulation wraps the one that says what went wrong."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("app", type=Path, help="folder of the app, such as quickstart_digits")
+    parser.add_argument("app", type=Path, help="folder of the app: quickstart_digits or a copy")
     parser.add_argument(
         "--run-config",
         action="append",
@@ -34,7 +37,7 @@ def main() -> int:
         "--num-edges", type=int, help="simulated nodes (default: num-edges of the run-config)"
     )
     parser.add_argument(
-        "--num-cpus", type=float, default=1, help="CPU cores that each edge needs (default: 1)"
+        "--num-cpus", type=int, default=1, help="CPU cores that each edge needs (default: 1)"
     )
     parser.add_argument(
         "--num-gpus", type=float, default=0, help="GPUs that each edge needs (default: 0)"
@@ -49,6 +52,7 @@ def main() -> int:
         if arguments.num_edges is not None:
             config["num-edges"] = arguments.num_edges
         settings = check(folder, config)
+        config |= place_of_data(settings)
         results = Path(arguments.results or settings.results or "results").absolute()
         overrides = as_pairs(config | {"results": str(results)})
     except ValueError as error:
@@ -104,9 +108,34 @@ def parse(overrides: list[str]) -> dict[str, Any]:
 
 
 def check(app: Path, config: dict[str, Any]) -> Settings:
-    """Check the settings before a process starts: Flower's error names no setting."""
-    defaults = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    """Check the settings before a process starts: Flower's error names no setting.
+
+    Raises:
+        ValueError: for a wrong setting, or an app with other settings than the quickstart.
+    """
+    project = tomllib.loads((app / "pyproject.toml").read_text())
+    defaults = project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {})
+    unknown = sorted(defaults.keys() - {knob.key for knob in knobs()})
+    if unknown or not defaults:
+        raise ValueError(
+            f"{app / 'pyproject.toml'}: expected the settings of the quickstart, got "
+            f"{', '.join(unknown) or 'none'}; run other apps with `flwr run`"
+        )
     return Settings.read(defaults | config)
+
+
+def place_of_data(settings: Settings) -> dict[str, str]:
+    """Return an absolute `data-path` for data in a file or a folder: Flower runs the app elsewhere.
+
+    Raises:
+        ValueError: if there is no archive.
+    """
+    if settings.dataset not in ("cifar100", "npz"):
+        return {}
+    path = Path(settings.data_path or "data").absolute()
+    if settings.dataset == "npz" and not path.is_file():
+        raise ValueError(f"run-config data-path: expected an archive, got no file {str(path)!r}")
+    return {"data-path": str(path)}
 
 
 def as_pairs(config: dict[str, Any]) -> str:
@@ -150,7 +179,12 @@ def simulate(
 def cause(lines: list[str]) -> str:
     """Pick the line of the log that says what went wrong."""
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in lines]
-    errors = [line for line in plain if re.search(r"\w*(Error|Exception)\b.*:|expected", line)]
+    errors = [
+        line
+        for line in plain
+        if re.search(r"\w*(Error|Exception)\b.*:|expected", line)
+        and not any(text in line for text in OUTER_ERRORS)
+    ]
     return errors[-1] if errors else "\n".join(plain[-5:])
 
 

@@ -126,7 +126,7 @@ plt.show()
 # More edges in flight reach a good core sooner. They may also end lower, because more
 # edges train an old core: with eight of nine in flight the
 # [measured](../results.md#several-edges-in-flight-time-to-accuracy-in-virtual-time)
-# loss is two to five points.
+# loss is three to five points.
 #
 # **Try it.** `VirtualGrid(stay=..., away=..., crash=...)` lets edges leave, return and
 # crash. `ClonedKD(max_staleness=2)` refuses answers that are too old, and

@@ -64,6 +64,9 @@ core = Core(
 )
 
 
+Path("rounds.jsonl").unlink(missing_ok=True)  # of an earlier run of this page
+
+
 def write(row):
     with Path("rounds.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -39,6 +39,7 @@ def draw_accuracy(rows: list[dict[str, Any]], first: float, path: Path) -> None:
         ImportError: without matplotlib.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -49,8 +50,10 @@ def draw_accuracy(rows: list[dict[str, Any]], first: float, path: Path) -> None:
         megabytes = [point.megabytes for point in points]
         label, colour, marker = style_of(name)
         for axes, x in ((left, rounds), (right, megabytes)):
-            axes.plot(x, accuracies, color=colour, marker=marker, label=label, markersize=5)
-    left.set_xlabel("round (cloned KD: one edge; FedAvg, FedProx: all edges)")
+            if any(x):  # A strategy that has not counted its bytes has no curve over them.
+                axes.plot(x, accuracies, color=colour, marker=marker, label=label, markersize=5)
+    left.set_xlabel("round (of FedAvg and FedProx: all edges)")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlabel("megabytes exchanged, down and up")
     left.set_ylabel("core accuracy on held-out data")
     for axes in (left, right):

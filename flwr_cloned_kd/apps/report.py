@@ -56,9 +56,23 @@ class Report:
         write_atomically(self.folder / CONFIG, json.dumps(start, indent=2) + "\n")
 
     def add(self, strategy: str, row: dict[str, Any]) -> None:
-        """Append one round of a strategy, with its seconds since the round before."""
+        """Append one round of a strategy, with its seconds since the round before.
+
+        Args:
+            strategy: also the name of a strategy of your own.
+            row: as `on_round` gets it. "round" and "accepted" are needed, and "core-accuracy" is
+                drawn. Without "edge" the round counts for all edges, and without "bytes-down" and
+                "bytes-up" no bytes are counted.
+        """
         now = time.monotonic()
-        row = {"strategy": strategy, **row, "seconds": now - self._row_ended}
+        row = {
+            "strategy": strategy,
+            "edge": "all",
+            "bytes-down": 0,
+            "bytes-up": 0,
+            **row,
+            "seconds": now - self._row_ended,
+        }
         self._row_ended = now
         self.rows.append(row)
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
@@ -111,7 +125,9 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """Sum up the run: the settings, the machine and the results."""
         settings = self.settings
-        finals = {name: final_accuracy(self.rows, name, self.first) for name in settings.strategies}
+        played = dict.fromkeys(row["strategy"] for row in self.rows)
+        names = dict.fromkeys([*settings.strategies, *played])
+        finals = {name: final_accuracy(self.rows, name, self.first) for name in names}
         finals |= self._measured
         return {
             "final_core_accuracy": finals[settings.strategies[0]],
@@ -121,7 +137,7 @@ class Report:
             "rounds": len(self.rows),
             "accounts": {
                 name: accounts(row for row in self.rows if row["strategy"] == name)
-                for name in dict.fromkeys(row["strategy"] for row in self.rows)
+                for name in played
             },
             "refused": sum(not row["accepted"] for row in self.rows),
             "seed": settings.seed,

@@ -269,7 +269,10 @@ class Settings:
         "cloned-kd", RUN, "strategies to run in turn, separated by commas", "Flower run"
     )
     num_rounds: CountOrZero = setting(
-        0, RUN, "rounds of cloned-kd, with one edge each; 0 asks every edge once"
+        0,
+        RUN,
+        "rounds of cloned-kd, with one edge each; 0 asks every edge once, and more than num-edges "
+        "asks edges again",
     )
     baseline_rounds: Count = setting(
         9,

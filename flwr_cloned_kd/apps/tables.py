@@ -37,6 +37,8 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
         }
         if not row["accepted"]:
             fractions["core-accuracy"] = "refused"
+        elif row.get("undone"):
+            fractions["core-accuracy"] = "undone"
         table.add_row(
             row["strategy"],
             str(row["round"]),
@@ -87,7 +89,11 @@ def comparison_table(
 
 
 def _parts_of_seconds(rows: list[dict[str, Any]]) -> list[str]:
-    """Write the seconds of the `PARTS` of a strategy's rounds; "-" for Flower's own strategies."""
+    """Write the seconds of the `PARTS` of a strategy's rounds.
+
+    They are "-" for Flower's own strategies, which do not measure them, and in virtual time, where
+    they are seconds of another clock than those of the rounds.
+    """
     if any("core-idle-seconds" not in row for row in rows):
         return ["-"] * len(PARTS)
     waits = [row["core-idle-seconds"] for row in rows]
@@ -97,7 +103,10 @@ def _parts_of_seconds(rows: list[dict[str, Any]]) -> list[str]:
         for row, wait in zip(rows, waits)
     ]
     parts = [sum(trained), sum(row["core-seconds"] for row in rows), waits[0] - trained[0]]
-    other = sum(row["seconds"] for row in rows) - sum(parts)
+    total = sum(row["seconds"] for row in rows)
+    other = total - sum(parts)
+    if other < -0.1 * total:
+        return ["-"] * len(PARTS)
     return [f"{seconds:.1f}" for seconds in (*parts, max(other, 0.0))]
 
 

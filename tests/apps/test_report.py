@@ -78,6 +78,30 @@ def test_the_picture_is_drawn(report):
     assert (report.folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_strategy_of_the_users_own_needs_three_keys_of_a_round(report):
+    report.add("mine", {"round": 1, "accepted": 1, "core-accuracy": 0.8})
+    report.finish()
+    summary = json.loads((report.folder / "summary.json").read_text())
+    assert summary["final_accuracies"] == {"cloned-kd": 0.7, "fedavg": 0.65, "mine": 0.8}
+    assert summary["accounts"]["mine"]["bytes-per-edge"] == {"all": [0, 0]}
+
+
+def test_a_strategy_without_bytes_has_a_curve_over_the_rounds_only(report, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    report.add("mine", {"round": 1, "accepted": 1, "core-accuracy": 0.8})
+    report.finish()
+    left, right = figures[0].axes
+    labels = [
+        [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+        for axes in (left, right)
+    ]
+    assert labels == [["Cloned KD", "FedAvg", "mine"], ["Cloned KD", "FedAvg"]]
+    assert all(tick == round(tick) for tick in left.get_xticks())
+
+
 def test_without_matplotlib_the_rest_is_still_written(report, monkeypatch):
     def missing(*args):
         raise ImportError("matplotlib")
@@ -104,6 +128,11 @@ def test_tables_show_every_round_and_every_strategy(report):
     assert "first core: 0.500" in text
 
 
+def test_the_table_of_rounds_marks_undone_ones():
+    rows = [{"strategy": "cloned-kd", **row(1, 0.6), "seconds": 1.0, "undone": 1.0}]
+    assert list(rounds_table(rows).columns[7].cells) == ["undone"]
+
+
 def seconds_row(server_round, seconds, idle, core, train):
     numbers = {"core-idle-seconds": idle, "core-seconds": core, "reported-train-seconds": train}
     return {"strategy": "cloned-kd", **row(server_round, 0.6), "seconds": seconds, **numbers}
@@ -122,6 +151,8 @@ def seconds_row(server_round, seconds, idle, core, train):
         ([seconds_row(1, 3.0, 1, 2, 9)], ["3.0", "1.0", "2.0", "0.0", "0.0"]),
         ([seconds_row(1, 3.0, 1, 2, 1e300)], ["3.0", "1.0", "2.0", "0.0", "0.0"]),
         ([seconds_row(1, 3.0, 1, 2, -5)], ["3.0", "0.0", "2.0", "1.0", "0.0"]),
+        # In virtual time the parts are seconds of another clock.
+        ([seconds_row(1, 3.0, 60, 20, 50)], ["3.0", "-", "-", "-", "-"]),
         # Flower's own strategies do not measure the parts.
         ([{"strategy": "fedavg", **row(1, 0.6), "seconds": 7.0}], ["7.0", "-", "-", "-", "-"]),
     ],

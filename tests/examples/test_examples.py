@@ -157,6 +157,23 @@ def test_the_runner_takes_edges_and_results_from_the_run_config(monkeypatch, tmp
     assert started(monkeypatch)[0] == {"results": str(tmp_path / "results")}
 
 
+def test_the_runner_gives_edges_cpus_and_gpus_in_the_form_that_flower_takes(monkeypatch):
+    _, resources = started(monkeypatch, "--num-cpus", 2, "--num-gpus", 0.25)
+    pairs = " ".join(f"{key}={value}" for key, value in resources.items())
+    assert pairs.endswith("client-resources-num-cpus=2 client-resources-num-gpus=0.25")
+
+
+def test_the_cause_of_a_failed_run_is_the_innermost_error():
+    lines = [
+        "ValueError: ActorPool is empty. Check `num_cpus`",
+        '    raise RuntimeError("Simulation Runtime crashed.") from ex',
+        "RuntimeError: Simulation Runtime crashed.",
+        "RuntimeError: An error was encountered. Ending simulation.",
+        "\x1b[91mERROR \x1b[0m:     Exit Code: 700",
+    ]
+    assert runner().cause(lines) == lines[0]
+
+
 def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
     file = tmp_path / "my.toml"
     lines = ["num-edges = 3", "lr = 0.05", "cuda-graphs = true", 'data-path = "Ann\'s"  # a string']
@@ -165,6 +182,25 @@ def test_the_runner_takes_files_and_pairs_together(monkeypatch, tmp_path):
     config.pop("results")
     assert config == {"num-edges": 3, "lr": 0.1, "cuda-graphs": True, "data-path": "Ann's"}
     assert resources["num-supernodes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("dataset='npz' data-path='my.npz'", "my.npz"),
+        ("dataset='cifar100' data-path='images'", "images"),
+        ("dataset='cifar100'", "data"),
+    ],
+)
+def test_the_runner_finds_data_from_the_present_folder(monkeypatch, tmp_path, config, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("my.npz").touch()
+    assert started(monkeypatch, "--run-config", config)[0]["data-path"] == str(tmp_path / expected)
+
+
+def test_the_runner_leaves_the_name_of_a_huggingface_dataset(monkeypatch):
+    config, _ = started(monkeypatch, "--run-config", "dataset='huggingface' data-path='me/mine'")
+    assert config["data-path"] == "me/mine"
 
 
 def test_a_path_with_an_apostrophe_arrives_unchanged(monkeypatch, tmp_path):
@@ -178,6 +214,10 @@ def test_a_path_with_an_apostrophe_arrives_unchanged(monkeypatch, tmp_path):
         (["--run-config", "gone.toml"], "--run-config gone.toml: [Errno 2] No such file"),
         (["--results", 'Ann\'s "x"'], "results: expected one kind of quotes at most"),
         (["--num-edges", "0"], "run-config num-edges: expected at least 1, got 0"),
+        (
+            ["--run-config", "dataset='npz' data-path='/nowhere/x.npz'"],
+            "run-config data-path: expected an archive, got no file '/nowhere/x.npz'",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, arguments, message):
@@ -185,6 +225,13 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, argument
     text = capsys.readouterr().err
     assert message in text
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(("folder", "got"), [(EXAMPLES / "tabular", "epochs"), (ROOT, "none")])
+def test_the_runner_names_an_app_that_it_cannot_run(folder, got):
+    message = f"expected the settings of the quickstart, got {got}"
+    with pytest.raises(ValueError, match=message):
+        runner().check(folder, {})
 
 
 def test_a_wrong_setting_ends_the_runner(tmp_path):
@@ -196,10 +243,11 @@ def test_a_wrong_setting_ends_the_runner(tmp_path):
 
 @pytest.mark.simulation
 def test_a_run_that_fails_inside_the_app_exits_with_its_cause(tmp_path):
-    result = run_app(tmp_path, "dataset='npz' data-path='/nowhere/x.npz'")
+    (tmp_path / "x.npz").write_text("no archive")
+    result = run_app(tmp_path, f"dataset='npz' data-path='{tmp_path}/x.npz'")
     assert result.returncode == 1
     assert "The run failed (finished:failed)" in result.stderr
-    assert "No such file or directory: '/nowhere/x.npz'" in result.stderr
+    assert f"ValueError: {tmp_path}/x.npz: expected an .npz archive of numbers" in result.stderr
 
 
 @pytest.mark.simulation

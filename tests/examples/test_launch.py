@@ -67,6 +67,25 @@ def test_a_process_that_ignores_sigterm_is_killed(launch, tmp_path, monkeypatch)
     assert leader.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("name", ["flwr-serverapp", "flwr-simulation"])
+def test_a_server_app_is_killed_before_its_edges(launch, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(launch, "STOP_SECONDS", 1.0)
+    app = tmp_path / name  # ignores SIGTERM, as a strategy does that runs in a thread
+    app.write_text(
+        f"#!{sys.executable}\nimport pathlib, signal, subprocess\n"
+        "edge = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"pathlib.Path('{tmp_path}/ids').write_text(str(edge.pid))\n"
+        f"edge.wait()\npathlib.Path('{tmp_path}/refused').touch()\n"
+    )
+    app.chmod(0o755)
+    with launch.Launcher(tmp_path) as launcher:
+        launcher.start("superlink", ["sh", "-c", f"{app} & wait"])
+        (edge,) = ids(tmp_path / "ids", 1)
+    assert not launch.is_running(edge)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_process_that_ends_before_it_answers_is_an_error(launch, tmp_path):
     with launch.Launcher(tmp_path) as launcher:
         launcher.start("first", ["sh", "-c", "echo no such database; exit 1"])
