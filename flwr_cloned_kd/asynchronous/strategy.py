@@ -393,7 +393,12 @@ class AsyncStrategy(Strategy):
             metrics: dict[str, Any] = {"accepted": 0.0}
             cause = str(outcome)
             if not isinstance(outcome, ValueError):
-                metrics |= {"accepted": 1.0} | outcome
+                # No record and no JSON can hold a number of NumPy or PyTorch.
+                plain = {
+                    name: value.item() if hasattr(value, "item") else value
+                    for name, value in outcome.items()
+                }
+                metrics |= plain | {"accepted": float(plain.get("accepted", True))}
                 cause = metrics.pop("cause", "")
             kind = "absorb" if metrics["accepted"] else "refuse"
             self._record(ended, kind, dispatch.edge, dispatch.number)

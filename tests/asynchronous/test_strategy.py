@@ -4,7 +4,9 @@ import threading
 import time
 from itertools import accumulate
 
+import numpy as np
 import pytest
+import torch
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 
 from flwr_cloned_kd import AsyncStrategy, ClonedKD, VirtualGrid
@@ -75,6 +77,24 @@ def test_a_freed_slot_is_refilled_while_the_core_learns():
     # It was sent the core as it was then: before edge 1.
     assert {row["edge"]: row["sent"] for row in strategy.history}["3"] == 0
     assert strategy.w == 6
+
+
+def test_absorb_may_return_numbers_of_numpy_and_pytorch():
+    class Measured(Tally):
+        def absorb(self, dispatch, content, staleness):
+            metrics = super().absorb(dispatch, content, staleness)
+            return metrics | {
+                "accepted": np.bool_(True),
+                "a": np.float32(0.5),
+                "b": torch.tensor(2),
+            }
+
+    strategy = Measured()
+    result = strategy.start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    (row,) = strategy.history
+    assert (row["accepted"], row["a"], row["b"]) == (1.0, 0.5, 2)
+    assert [type(row[name]) for name in ("accepted", "a", "b")] == [float, float, int]
+    assert result.train_metrics_clientapp[1]["a"] == 0.5
 
 
 def test_with_one_in_flight_the_next_edge_gets_what_was_learned_from_the_last():
