@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from .test_layers import FLOOR
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flwr_cloned_kd"
 PROJECT_PAGES = ("README.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md")
@@ -66,3 +68,9 @@ def test_every_name_of_a_module_that_a_page_gives_exists(page):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_page_for_contributors_has_every_folder_on_its_floor():
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    floors = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert floors == {folder: 1 + floor for folder, floor in FLOOR.items()}

@@ -31,6 +31,7 @@ def test_the_sizes_of_all_files_add_up():
 
 def test_the_table_has_a_row_for_the_package_and_for_each_extra(monkeypatch, capsys):
     monkeypatch.setattr(extras, "import_seconds", lambda modules, repeats: 0.5)
+    monkeypatch.setattr(extras, "megabytes", lambda packages: 3.0)
     extras.main([])
     names = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines()]
     assert names == ["extra", "---", "none", *extras.EXTRAS]

@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import mod as benchmark
+from flwr_cloned_kd import take
+from tests.helpers.federation import TEST, TRAIN
 
 
 def test_a_loop_with_the_draws_of_fit_ends_where_an_edge_client_does(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "NUM_EDGES", 2)
+    monkeypatch.setattr(benchmark, "CORE_EPOCHS", 1)
+    monkeypatch.setattr(benchmark, "load_digits", lambda: (take(TRAIN, range(90)), TEST))
     path = tmp_path / "mod.json"
     results = benchmark.main(["--seeds", "1", "--epochs", "1", "--json", str(path)])
     assert json.loads(path.read_text()) == results

@@ -3,9 +3,13 @@
 import json
 
 from benchmarks import rollback
+from flwr_cloned_kd import take
+from tests.helpers.federation import TEST, TRAIN
 
 
-def test_every_pair_is_undone_with_the_same_bits(tmp_path, capsys):
+def test_every_pair_is_undone_with_the_same_bits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rollback, "NUM_EDGES", 4)
+    monkeypatch.setattr(rollback, "load_digits", lambda: (take(TRAIN, range(100)), TEST))
     path = tmp_path / "rollback.json"
     options = ["--pairs", "3", "--clones", "1", "--epochs", "1", "--json", str(path)]
     rollback.main(options)

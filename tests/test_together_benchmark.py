@@ -9,7 +9,7 @@ from benchmarks import together
 from benchmarks.asynchrony import Study
 
 
-def test_a_further_answer_costs_its_share_of_what_eight_take_longer_than_one():
+def test_the_cost_of_a_further_answer_by_hand():
     assert together.further_share({1: 2.0, 8: 9.0}) == pytest.approx(0.5)
     assert together.further_share({1: 2.0, 8: 1.0}) == 0
 

@@ -3,9 +3,12 @@
 import pytest
 
 from flwr_cloned_kd import VARIANTS, edge_seed, take, train_edge
-from flwr_cloned_kd.apps.build import build_core, edge_recipe, load, split
+from flwr_cloned_kd.apps import build
+from flwr_cloned_kd.apps.build import build_core, edge_recipe, split
 from flwr_cloned_kd.apps.settings import Settings
 from tests.apps.quickstart import play
+
+pytestmark = pytest.mark.usefixtures("small_quickstart")
 
 QUICK = {
     "num-edges": 3,
@@ -63,7 +66,7 @@ def test_the_rounds_are_those_of_the_plain_loop(tmp_path):
     rows = play({name.replace("_", "-"): value for name, value in vars(settings).items()}).rows
     core = build_core(settings)
     variant = VARIANTS[settings.variant]
-    train, _ = load(settings)
+    train, _ = build.load(settings)
     parts = split(settings, train[1])
     state = core.state(core.pretrain())
     send = variant.init(core)

@@ -38,6 +38,7 @@ def test_each_name_has_a_callback():
     assert Settings().watched == []
 
 
+@pytest.mark.usefixtures("small_quickstart")
 def test_each_strategy_of_a_run_is_watched(tmp_path, monkeypatch):
     made = []
 
@@ -57,8 +58,9 @@ def test_each_strategy_of_a_run_is_watched(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.usefixtures("small_quickstart")
 @pytest.mark.skipif(not HAS_TENSORBOARD, reason="needs the package tensorboard")
-def test_event_files_are_in_the_results_folder_and_the_view_falls_back_to_lines(tmp_path):
+def test_event_files_are_in_the_folder_and_the_view_is_lines(tmp_path):
     run = play(
         QUICK
         | {"strategy": "cloned-kd,fedavg", "watch": "live,tensorboard", "results": str(tmp_path)}

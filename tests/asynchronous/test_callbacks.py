@@ -79,7 +79,7 @@ def _numbers(value):
     return [value["number"]] if isinstance(value, dict) else [value.number]
 
 
-def test_edges_are_reported_as_asked_while_the_run_waits_for_the_first_answer():
+def test_edges_are_reported_as_asked_before_the_first_answer():
     seen = threading.Event()
 
     class Both(Callback):

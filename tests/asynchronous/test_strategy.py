@@ -97,7 +97,7 @@ def test_absorb_may_return_numbers_of_numpy_and_pytorch():
     assert result.train_metrics_clientapp[1]["a"] == 0.5
 
 
-def test_with_one_in_flight_the_next_edge_gets_what_was_learned_from_the_last():
+def test_with_one_in_flight_the_next_edge_gets_the_newest_core():
     strategy = Tally()
     strategy.start(FakeGrid([adds(i) for i in (1, 2, 3)]), NOTHING, num_rounds=3)
     assert [row["sent"] for row in strategy.history] == [0, 1, 3]
@@ -110,9 +110,9 @@ def test_every_request_ends_once_and_in_order():
     strategy = Tally(max_in_flight=3)
     strategy.start(FakeGrid([adds(i) for i in range(1, 9)]), NOTHING, num_rounds=8)
     for number in range(1, 9):
-        mine = [event for event in strategy.events if event.number == number]
-        assert [event.kind for event in mine] == ["ask", "answer", "learn", "absorb"]
-        assert [event.time for event in mine] == sorted(event.time for event in mine)
+        own_events = [event for event in strategy.events if event.number == number]
+        assert [event.kind for event in own_events] == ["ask", "answer", "learn", "absorb"]
+        assert [event.time for event in own_events] == sorted(event.time for event in own_events)
     assert strategy.w == 36
     assert [event.time for event in strategy.events] == sorted(e.time for e in strategy.events)
     # A row tells the same times as the events do.
@@ -179,7 +179,7 @@ def test_answers_do_not_pile_up_before_a_slow_core():
     assert strategy.w == 210
 
 
-def test_an_edge_that_answers_and_leaves_while_the_core_learns_is_not_lost():
+def test_an_edge_that_leaves_while_the_core_learns_is_not_lost():
     grid = FakeGrid([adds(1), adds(2)])
     strategy = Deliberate(max_in_flight=2)
 

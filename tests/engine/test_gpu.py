@@ -116,7 +116,7 @@ def test_two_threads_may_record_at_the_same_time():
     assert all(map(same_bits, together, alone))
 
 
-def test_a_loss_that_waits_for_the_gpu_cannot_be_recorded_and_breaks_nothing():
+def test_a_loss_that_waits_for_the_gpu_cannot_be_recorded():
     def loss(logits, batch):
         value = cross_entropy(logits, batch)
         return value if value.item() > 0 else 2 * value

@@ -328,7 +328,7 @@ def test_compiled_clones_train_as_uncompiled_ones_and_compile_once(monkeypatch):
 
 @pytest.mark.parametrize("num_clones", [1, 3])
 @pytest.mark.parametrize("convolve", [True, False], ids=["convolution", "linear"])
-def test_a_model_that_views_its_activations_trains_as_one_that_reshapes_them(convolve, num_clones):
+def test_a_model_that_views_trains_as_one_that_reshapes(convolve, num_clones):
     colours = DATA[0].repeat(1, 3, 1, 1), DATA[1]
     views = seeded(Views(convolve=convolve), 0)
     reshapes = seeded(Views(convolve=convolve, flatten=torch.Tensor.reshape), 0)

@@ -252,7 +252,7 @@ def test_the_gradient_of_tokens_by_hand():
     assert gradient(lambda x: task.loss(x, labels), student).flatten().tolist() == [-0.5, 0.5, 0, 0]
 
 
-def test_the_gradient_of_pixels_is_that_of_tokens_with_the_classes_elsewhere():
+def test_pixels_have_the_gradient_of_tokens():
     generator = torch.Generator().manual_seed(4)
     tokens, teachers = (
         torch.randn(size, generator=generator) for size in ((2, 6, 5), (3, 2, 6, 5))

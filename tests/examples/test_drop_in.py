@@ -35,8 +35,8 @@ def copy(tmp_path, *diffs):
 
 
 def files(folder):
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if "__pycache__" not in path.parts)
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in paths if "__pycache__" not in path.parts)
 
 
 @pytest.fixture

@@ -18,22 +18,23 @@ SHORT = {"epochs": 6, "num-edges": 3}
 HEAD_BYTES = 4 * 2570
 
 
-@pytest.fixture
-def load(monkeypatch):
+@pytest.fixture(scope="module")
+def load():
     """Import a module of the example."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", True)
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module
     for name in [
         key for key in sys.modules if key.split(".")[0] in ("frozen_backbone_app", "pretrain")
     ]:
         del sys.modules[name]
 
 
-@pytest.fixture
-def backbone(load, tmp_path):
+@pytest.fixture(scope="module")
+def backbone(load, tmp_path_factory):
     """Train the backbone as the README says."""
-    path = tmp_path / "backbone.safetensors"
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
     load("pretrain").main(str(path))
     return path
 

@@ -11,7 +11,6 @@ from flwr_cloned_kd import (
     EdgeClient,
     Recipe,
     clone,
-    digits_cnn,
     edge_app,
     fit,
     fold_in,
@@ -20,7 +19,7 @@ from flwr_cloned_kd import (
     train_edge,
 )
 from flwr_cloned_kd.flower import client as client_module
-from tests.helpers.federation import PARTS, RECIPE, TRAIN, app, edge_client
+from tests.helpers.federation import PARTS, RECIPE, TRAIN, app, edge_client, network
 
 
 def context(**node_config):
@@ -34,7 +33,7 @@ def ask(content, kind="train", client_app=None, **node_config):
 
 
 def arrays():
-    return ArrayRecord(digits_cnn().state_dict())
+    return ArrayRecord(network().state_dict())
 
 
 def test_the_model_of_a_client_may_be_on_another_device(monkeypatch):
@@ -51,7 +50,7 @@ def test_the_model_of_a_client_may_be_on_another_device(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_model_of_a_client_may_be_on_a_gpu():
-    client = EdgeClient(digits_cnn().cuda(), take(TRAIN, PARTS[1]), RECIPE)
+    client = EdgeClient(network().cuda(), take(TRAIN, PARTS[1]), RECIPE)
     trained, _, _ = client.fit(client.get_parameters({}), {"num-clones": 2})
     assert all(len(array) == 2 for array in trained)
 
@@ -60,7 +59,7 @@ def test_a_request_for_clones_is_answered_with_an_ensemble():
     config = ConfigRecord({"num-clones": 2, "seed": 5, "server-round": 1})
     reply = ask({"arrays": arrays(), "config": config})
     expected = train_edge(
-        digits_cnn(), digits_cnn().state_dict(), take(TRAIN, PARTS[1]), RECIPE, num_clones=2, seed=5
+        network(), network().state_dict(), take(TRAIN, PARTS[1]), RECIPE, num_clones=2, seed=5
     )
     ensemble = reply.content["arrays"].to_torch_state_dict()
     assert list(ensemble) == list(expected)
@@ -72,7 +71,7 @@ def test_a_request_for_clones_is_answered_with_an_ensemble():
 def test_a_request_without_clones_is_answered_with_a_plain_model():
     reply = ask({"arrays": arrays(), "config": ConfigRecord({"server-round": 1})})
     shapes = {name: tuple(a.numpy().shape) for name, a in reply.content["arrays"].items()}
-    assert shapes == {name: tuple(t.shape) for name, t in digits_cnn().state_dict().items()}
+    assert shapes == {name: tuple(t.shape) for name, t in network().state_dict().items()}
 
 
 def test_a_client_fn_may_return_to_client():
@@ -97,7 +96,7 @@ def test_another_number_of_arrays_is_an_error_with_both_numbers():
         def fit(self, parameters, config):
             return parameters[:-2], 1, {}
 
-    count = len(digits_cnn().state_dict())
+    count = len(network().state_dict())
     with pytest.raises(ValueError, match=f"reply: expected {count} arrays, got {count - 2}"):
         ask({"arrays": arrays()}, client_app=edge_app(lambda context: Short()))
 
@@ -117,38 +116,38 @@ def test_rounds_without_a_seed_draw_differently_and_reproducibly():
 
 def test_the_servers_proximal_mu_is_used():
     config = {"proximal-mu": 0.5, "seed": 3}
-    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    parameters = [t.numpy() for t in network().state_dict().values()]
     trained, _, _ = edge_client(0).fit(parameters, config)
     recipe = Recipe(epochs=2, batch_size=32, proximal_mu=0.5)
-    start = clone(digits_cnn().state_dict(), 1)
-    expected = member(fit(digits_cnn(), start, take(TRAIN, PARTS[1]), recipe, seed=3), 0)
+    start = clone(network().state_dict(), 1)
+    expected = member(fit(network(), start, take(TRAIN, PARTS[1]), recipe, seed=3), 0)
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(trained, expected.values()))
 
 
 def test_counters_that_fedavg_averaged_into_floats_are_accepted():
-    parameters = [t.double().numpy() for t in digits_cnn().state_dict().values()]
+    parameters = [t.double().numpy() for t in network().state_dict().values()]
     trained, _, _ = edge_client(0).fit(parameters, {})
     dtypes = [array.dtype for array in trained]
-    assert dtypes == [t.numpy().dtype for t in digits_cnn().state_dict().values()]
+    assert dtypes == [t.numpy().dtype for t in network().state_dict().values()]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p[:-1], "parameters: expected 44 arrays, got 43"),
+        (lambda p: p[:-1], "parameters: expected 8 arrays, got 7"),
         (lambda p: [p[0][:1], *p[1:]], "conv.weight: expected shape"),
         (lambda p: [p[0] * np.nan, *p[1:]], "conv.weight: expected finite values"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(change, message):
-    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    parameters = [t.numpy() for t in network().state_dict().values()]
     with pytest.raises(ValueError, match=message):
         edge_client(0).fit(change(parameters), {})
 
 
 @pytest.mark.parametrize("num_clones", [0, -1, 17])
 def test_more_clones_than_agreed_are_refused(num_clones):
-    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    parameters = [t.numpy() for t in network().state_dict().values()]
     with pytest.raises(ValueError, match="num-clones: expected 1 to 16"):
         edge_client(0).fit(parameters, {"num-clones": num_clones})
 
@@ -172,7 +171,7 @@ def test_a_query_is_answered_with_the_name_of_the_edge(node_config, edge):
 
 def legacy_request(config):
     """Make a request of `ServerAppComponents`: arrays without names and headers."""
-    tensors = digits_cnn().state_dict().values()
+    tensors = network().state_dict().values()
     record = {}
     for index, tensor in enumerate(tensors):
         array = Array(tensor.numpy())
@@ -217,10 +216,10 @@ def test_client_mods_wrap_both_apis():
 
 
 def test_an_edge_without_a_seed_from_the_server_uses_its_own():
-    parameters = [t.numpy() for t in digits_cnn().state_dict().values()]
+    parameters = [t.numpy() for t in network().state_dict().values()]
     data = take(TRAIN, PARTS[1])
-    own, _, _ = EdgeClient(digits_cnn(), data, RECIPE, seed=9).fit(parameters, {"server-round": 2})
-    sent, _, _ = EdgeClient(digits_cnn(), data, RECIPE).fit(parameters, {"seed": fold_in(9, 2)})
+    own, _, _ = EdgeClient(network(), data, RECIPE, seed=9).fit(parameters, {"server-round": 2})
+    sent, _, _ = EdgeClient(network(), data, RECIPE).fit(parameters, {"seed": fold_in(9, 2)})
     assert all(np.array_equal(a, b) for a, b in zip(own, sent))
 
 

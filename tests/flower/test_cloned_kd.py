@@ -16,13 +16,12 @@ from flwr_cloned_kd import (
     Distillation,
     EdgeClient,
     Runtime,
-    digits_cnn,
     edge_app,
     take,
 )
 from flwr_cloned_kd.io.messages import metrics_of
 from tests.helpers.fake_grid import FakeGrid, Flaky, silent
-from tests.helpers.federation import PARTS, RECIPE, TRAIN, app, apps, small_core
+from tests.helpers.federation import PARTS, RECIPE, TRAIN, app, apps, network, small_core
 
 
 def first(core):
@@ -48,7 +47,7 @@ def test_a_run_ends_when_no_new_edge_arrives_in_time(flower_log):
     grid = FakeGrid(apps(2))
     _, history, result = run(small_core(), grid, rounds=5, timeout=3)
     assert len(history) == 2
-    assert len(result.arrays) == len(digits_cnn().state_dict())
+    assert len(result.arrays) == len(network().state_dict())
     assert any("No edge left to ask" in line for line in flower_log)
 
 
@@ -91,7 +90,7 @@ def test_an_edge_that_returns_under_another_node_id_is_not_asked_again():
     assert grid.trained() == [100]
 
 
-def test_a_name_that_somebody_present_bears_is_not_believed():
+def test_a_name_in_use_by_an_online_node_is_rejected():
     grid = FakeGrid(apps(2), [{"name": "clinic", "partition-id": 0}] * 2)
     _, history, _ = run(small_core(), grid, rounds=2, num_clones=1)
     assert [row["edge"] for row in history] == ["clinic", "node 101"]
@@ -212,7 +211,7 @@ HOSTILE = {
     "nan": (poison(np.nan), "conv.weight: expected finite values, got 1 of 144 not finite"),
     "infinity": (poison(-np.inf), "conv.weight: expected finite values"),
     "overflow": (change("head.weight", huge), "edge predictions: logits: expected finite values"),
-    "missing": (drop, "expected the core's 44, missing 'conv.weight', unknown none"),
+    "missing": (drop, "expected the core's 8, missing 'conv.weight', unknown none"),
     "extra": (extra, "missing none, unknown 'more'"),
     "misnamed": (rename, "missing 'conv.weight', unknown 'x'"),
     "shape": (change("conv.weight", lambda a: a[..., :1]), "conv.weight: expected shape (2, 8, 1"),
@@ -265,9 +264,9 @@ def test_what_does_not_fit_is_refused_in_one_line_and_the_run_goes_on(kind, flow
 def test_a_refused_edge_leaves_the_core_as_it_was(loop):
     core = small_core()
     strategy, history, result = run(core, FakeGrid([train_only(drop)]), loop, rounds=1)
-    found = result.arrays.to_torch_state_dict(keep_input=True)
+    params = result.arrays.to_torch_state_dict(keep_input=True)
     before = core.model.state_dict()
-    assert all(torch.equal(found[name], before[name]) for name in before)
+    assert all(torch.equal(params[name], before[name]) for name in before)
     assert strategy.state.memory == ()
     assert history[0]["bytes-up"] > 0
 
@@ -365,7 +364,7 @@ def quickstart_client():
 
     @client_app.train()
     def train(msg, context):
-        model = digits_cnn()
+        model = network()
         model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
         optimiser = torch.optim.SGD(model.parameters(), lr=msg.content["config"]["lr"])
         images, labels = torch.randn(20, 1, 8, 8), torch.arange(20) % 10
@@ -436,8 +435,8 @@ def test_server_side_evaluation_is_called_for_the_start_and_each_round():
     strategy = ClonedKD(core, num_clones=1)
     result = strategy.start(FakeGrid(apps(2)), first(core), num_rounds=2, evaluate_fn=evaluate)
     assert seen == [0, 1, 2]
-    found = result.evaluate_metrics_serverapp[2]["accuracy"]
-    assert found == pytest.approx(result.train_metrics_clientapp[2]["core-accuracy"])
+    accuracy = result.evaluate_metrics_serverapp[2]["accuracy"]
+    assert accuracy == pytest.approx(result.train_metrics_clientapp[2]["core-accuracy"])
 
 
 def test_a_strategy_can_be_started_again():
@@ -451,7 +450,7 @@ def test_a_strategy_can_be_started_again():
 
 def test_arrays_that_do_not_fit_the_core_stop_the_start():
     core = small_core()
-    with pytest.raises(ValueError, match="array names: expected the core's 44"):
+    with pytest.raises(ValueError, match="array names: expected the core's 8"):
         ClonedKD(core).start(FakeGrid(apps(1)), ArrayRecord({"w": Array(np.ones(1))}))
 
 

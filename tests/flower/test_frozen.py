@@ -83,7 +83,7 @@ def test_of_a_model_without_frozen_parameters_all_travels():
     assert not frozen_state(model)
 
 
-def test_the_trained_part_has_no_frozen_parameter_and_no_buffer_of_a_frozen_module():
+def test_the_trained_part_has_nothing_of_a_frozen_module():
     assert list(trained_state(backbone_and_head())) == ["1.weight", "1.bias"]
     names = ["1.down.weight", "1.up.weight", "3.down.weight", "3.up.weight"]
     assert list(trained_state(adapted())) == names
@@ -99,7 +99,7 @@ def test_buffers_of_a_module_that_trains_travel():
 
 @BUILDS
 @pytest.mark.parametrize("batched", [False, True])
-def test_training_changes_the_trained_part_as_it_does_with_the_whole_state(build, batched):
+def test_the_trained_part_alone_trains_as_the_whole_state_does(build, batched):
     model = build()
     runtime = Runtime(batch_clones=batched)
     part = fit(model, clone(trained_state(model), 2), DATA, RECIPE, runtime=runtime)

@@ -175,9 +175,9 @@ def test_without_guarded_that_error_has_no_receiver():
 
 @BOTH
 def test_our_mods_work_with_an_ensemble(absorb):
-    (row,) = absorb(ClipClones())
+    (row,) = absorb(ClipClones(0.1))
     assert row["accepted"]
-    assert row["reported-clipped"] == 1.0  # two epochs of training move a clone by more than 1
+    assert row["reported-clipped"] == 1.0  # two epochs of training move a clone by more than 0.1
     (row,) = absorb(ClipClones(1e6))
     assert row["reported-clipped"] == 0.0
     quiet = LocalDpClones(clipping_norm=0.01, epsilon=1.0, delta=0.5)
@@ -202,7 +202,7 @@ def test_mods_are_applied_in_the_order_given():
         seen.append(reply.content["metrics"].get("clipped"))
         return reply
 
-    absorb(look, ClipClones(1.0), look)
+    absorb(look, ClipClones(0.1), look)
     assert seen == [None, 1.0]  # the last mod of the list is next to the client
 
 
@@ -371,7 +371,7 @@ def test_a_number_out_of_range_is_refused(change, message):
 def test_the_norm_can_follow_a_quantile_of_the_clones():
     """Andrew et al. 2021: C <- C exp(-rate (share unclipped - quantile)), from on_round."""
     core = small_core()
-    settings = ConfigRecord({"clipping_norm": 0.5})
+    settings = ConfigRecord({"clipping_norm": 0.1})
     norms = []
 
     def adapt(row):
@@ -384,7 +384,7 @@ def test_the_norm_can_follow_a_quantile_of_the_clones():
     grid = FakeGrid([app(ClipClones())] * 3)
     strategy.start(grid, first, num_rounds=3, timeout=30, train_config=settings)
     # All clones move by more than the norm, so it grows by exp(0.25) a round.
-    assert norms == pytest.approx([0.5, 0.5 * math.exp(0.25), 0.5 * math.exp(0.5)])
+    assert norms == pytest.approx([0.1, 0.1 * math.exp(0.25), 0.1 * math.exp(0.5)])
 
 
 def test_a_users_own_mod_is_not_changed():

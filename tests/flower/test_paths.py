@@ -1,7 +1,6 @@
 """Three paths, one number: the plain loop, Flower's loop, and ours."""
 
 import pytest
-import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 
@@ -9,12 +8,9 @@ from flwr_cloned_kd import VARIANTS, ClonedKD, practical
 from flwr_cloned_kd.engine.recipe import Recipe
 from tests.helpers.fake_grid import FakeGrid
 from tests.helpers.federation import apps, plain_loop, small_core
+from tests.helpers.reference import same_bits
 
 LOOPS = {"flower's": Strategy.start, "ours": ClonedKD.start}
-
-
-def same_bits(left, right):
-    return all(torch.equal(left[name], right[name]) for name in right)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -1,8 +1,5 @@
 """Quarantine and rollback in a run: files, restarts, a running server, and what is refused."""
 
-import json
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +162,7 @@ def test_an_edge_is_undone_after_another_restart(path):
     assert [bool(row.get("undone")) for row in last.history] == [1, 0, 1, 0, 0]
 
 
-def test_a_running_server_that_has_resumed_after_an_undo_undoes_another_edge(path):
+def test_a_server_that_resumed_after_an_undo_undoes_another(path):
     """Versions are still counted as in one run: a late edge has the staleness of the twin."""
     replies, strategies = {}, []
     play(path, rounds=2, nodes=edges(replies), keep_rounds=9, **LATE)
@@ -286,7 +283,7 @@ def test_a_running_server_goes_on_if_an_edge_cannot_be_undone(path, flower_log):
     assert play(path, rounds=4).version == 4
 
 
-def test_an_edge_that_cannot_be_undone_does_not_keep_another_one_in_the_core(path, flower_log):
+def test_an_edge_that_cannot_be_undone_does_not_keep_another(path, flower_log):
     """The file of edge 1 is damaged; its name is not asked for, but in the checkpoint."""
     replies, strategies = {}, []
     core = victim.make().core
@@ -564,34 +561,18 @@ def test_an_edge_with_wrong_labels_has_the_highest_disagreement(path):
 
 def test_a_run_killed_while_it_keeps_rounds_ends_with_the_same_bits(tmp_path):
     """At eight instants of the writing of rounds and checkpoints."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(victim.__file__))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**__import__("os").environ, "OMP_NUM_THREADS": "1"},
-    )
-
-    def order(checkpoint, kill_at=None):
-        content = {"checkpoint": str(checkpoint), "rounds": 4, "kill_at": kill_at, "keep_rounds": 1}
-        process.stdin.write(json.dumps(content) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    straight = order(tmp_path / "straight.ckpt")
-    writes = list(zip(straight["writing"][::2], straight["writing"][1::2]))
-    assert len(writes) == 8
-    for number, (began, ended) in enumerate(writes):
-        path = tmp_path / f"{number}.ckpt"
-        kill_at = began + (ended - began) * (number + 1) // 9
-        assert order(path, kill_at)["status"] == -9
-        resumed = order(path)
-        for what in ("status", "digest", "history", "rounds"):
-            assert resumed[what] == straight[what], (kill_at, what)
-        # The last edge can be undone from what is there.
-        strategy = victim.make(path, keep_rounds=1, quarantine=["3"])
-        victim.run(strategy, 4)
-        assert strategy.state.version == 3
-    process.stdin.close()
-    process.wait(30)
-    process.stdout.close()
+    with victim.killer(keep_rounds=1) as order:
+        straight = order(tmp_path / "straight.ckpt", kill_at=0)
+        writes = list(zip(straight["writing"][::2], straight["writing"][1::2]))
+        assert len(writes) == 8
+        for number, (began, ended) in enumerate(writes):
+            path = tmp_path / f"{number}.ckpt"
+            kill_at = began + (ended - began) * (number + 1) // 9
+            assert order(path, kill_at)["status"] == -9
+            resumed = order(path)
+            for what in ("status", "digest", "history", "rounds"):
+                assert resumed[what] == straight[what], (kill_at, what)
+            # The last edge can be undone from what is there.
+            strategy = victim.make(path, keep_rounds=1, quarantine=["3"])
+            victim.run(strategy, victim.NUM_ROUNDS)
+            assert strategy.state.version == 3

@@ -215,14 +215,14 @@ def test_a_loss_of_ones_own_at_the_edge():
             trained = fit(model, start, data, SHORT, loss=self.loss, seed=config["seed"])
             return [tensor.numpy() for tensor in trained.values()], 80, {}
 
-    found = {}
+    states = {}
     for loss in (smoothed, cross_entropy):
         Smooth.loss = staticmethod(loss)
-        found[loss], rows = run(core_of(), edge_app(lambda context: Smooth()), rounds=1)
+        states[loss], rows = run(core_of(), edge_app(lambda context: Smooth()), rounds=1)
         assert rows[0]["num-clones"] == 2
     plain, _ = run(core_of(), app_of(), rounds=1)
-    assert torch.equal(found[cross_entropy].params["head.bias"], plain.params["head.bias"])
-    assert not torch.equal(found[smoothed].params["head.bias"], plain.params["head.bias"])
+    assert torch.equal(states[cross_entropy].params["head.bias"], plain.params["head.bias"])
+    assert not torch.equal(states[smoothed].params["head.bias"], plain.params["head.bias"])
 
 
 def blobs(count, seed):

@@ -123,7 +123,7 @@ def overflowing(message: Message, context):
     return reply
 
 
-def test_an_edge_with_infinite_predictions_costs_the_others_of_its_group_nothing():
+def test_infinite_predictions_cost_the_rest_of_a_group_nothing():
     strategy = run([app(), app(), overflowing, app()], max_together=3)
     assert [row["accepted"] for row in strategy.history] == [1, 1, 0, 1]
     assert "not finite" in strategy.history[2]["cause"]

@@ -67,10 +67,10 @@ class FakeGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        found, taken, unreadable = [], [], False
+        replies, taken, unreadable = [], [], False
         for message_id in message_ids:
             if message_id in self._consumed:
-                found.append(Message(Error(3), reply_to=self._consumed.pop(message_id)))
+                replies.append(Message(Error(3), reply_to=self._consumed.pop(message_id)))
             future = self._replies.get(message_id)
             if future is not None and future.done():
                 reply = self._replies.pop(message_id).result()
@@ -80,13 +80,13 @@ class FakeGrid(Grid):
                     continue
                 # As Flower does: asked for while its node is away, a stored reply is gone.
                 gone = reply is None or reply.metadata.src_node_id not in self.online
-                found += [] if gone else [reply]
+                replies += [] if gone else [reply]
         if unreadable:
             # As Flower does: all replies of the call are deleted before one of them is decoded.
             pushed = {message.metadata.message_id: message for message in self.pushed}
             self._consumed |= {message_id: pushed[message_id] for message_id in taken}
             raise ValueError("Expecting value: line 1 column 1 (char 0)")
-        return found
+        return replies
 
     def send_and_receive(self, messages, *, timeout=None):
         ids = [i for i in self.push_messages(messages) if i]
@@ -118,13 +118,13 @@ class Flaky:
         self.grid, self.failures = grid, dict(failures)
 
     def __getattr__(self, name):
-        found = getattr(self.grid, name)
+        method = getattr(self.grid, name)
 
         def call(*args, **kwargs):
             if self.failures.get(name, 0) > 0:
                 self.failures[name] -= 1
                 raise OSError(f"{name}: connection reset")
-            return found(*args, **kwargs)
+            return method(*args, **kwargs)
 
         return call
 

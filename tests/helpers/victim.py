@@ -1,15 +1,18 @@
 """A process that runs a small federation on request and can be killed at any of its instants.
 
-It reads one JSON object a line, {"checkpoint", "rounds", "kill_at"} and maybe "keep_rounds", forks,
-runs there, and answers with one line: how the run ended. An instant is a call or a return of a
-function, Python's or C's.
+It reads one JSON object a line, {"checkpoint", "kill_at", "keep_rounds"}, forks, runs there, and
+answers with one line: how the run ended. An instant is a call or a return of a function, Python's
+or C's. Only a run with "kill_at" counts its instants; 0 is no instant, so that the run ends by
+itself.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 
 import torch
 from flwr.app import ArrayRecord
@@ -28,6 +31,7 @@ from flwr_cloned_kd.io import checkpoint as file
 
 RECIPE = Recipe(epochs=1, batch_size=6, lr=0.1)
 NUM_EDGES = 5
+NUM_ROUNDS = 4
 
 
 def data(seed):
@@ -76,20 +80,49 @@ class Instants:
 
 
 def child(order):
-    strategy = make(order["checkpoint"], keep_rounds=order.get("keep_rounds", 0))
+    strategy = make(order["checkpoint"], keep_rounds=order["keep_rounds"])
     instants = Instants(order["kill_at"])
-    sys.setprofile(instants)
-    result = run(strategy, order["rounds"])
+    if order["kill_at"] is not None:
+        sys.setprofile(instants)
+    result = run(strategy, NUM_ROUNDS)
     sys.setprofile(None)
     tensors, state = strategy.state_dict()
-    told = ("round", "edge", "accepted", "number", "staleness", "bytes-up", "train-accuracy")
+    columns = ("round", "edge", "accepted", "number", "staleness", "bytes-up", "train-accuracy")
     return {
         "count": instants.count,
         "writing": instants.writing,
         "digest": file.digest(tensors, json.dumps(state)),
-        "history": [[row[name] for name in told] for row in strategy.history],
+        "history": [[row[name] for name in columns] for row in strategy.history],
         "rounds": sorted(result.train_metrics_clientapp),
     }
+
+
+@contextmanager
+def killer(keep_rounds=0):
+    """Start this file as a process; yield the function that orders a run and returns its answer.
+
+    The process forks for each run, so that PyTorch is imported once.
+    """
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    def order(checkpoint, kill_at=None):
+        content = {"checkpoint": str(checkpoint), "kill_at": kill_at, "keep_rounds": keep_rounds}
+        process.stdin.write(json.dumps(content) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    try:
+        yield order
+    finally:
+        process.stdin.close()
+        process.wait(30)
+        process.stdout.close()
 
 
 def main():

@@ -1,11 +1,7 @@
 """Checkpoints: what is written can be read or is refused with a reason; a run resumes from it."""
 
-import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -404,31 +400,13 @@ def test_a_header_without_an_entry_is_refused(written):
 
 @pytest.fixture(scope="module")
 def killer():
-    """Run the victim as a process that forks, so that torch is imported once."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(victim.__file__))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**__import__("os").environ, "OMP_NUM_THREADS": "1"},
-    )
-
-    def order(checkpoint, kill_at=None):
-        content = {"checkpoint": str(checkpoint), "rounds": 4, "kill_at": kill_at}
-        process.stdin.write(json.dumps(content) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield order
-    process.stdin.close()
-    process.wait(30)
-    process.stdout.close()
+    with victim.killer() as order:
+        yield order
 
 
 def test_a_run_killed_at_twenty_instants_ends_with_the_same_bits(killer, tmp_path):
     """Six of the instants lie in the writing of a checkpoint, where a file could be incomplete."""
-    straight = killer(tmp_path / "straight.ckpt")
+    straight = killer(tmp_path / "straight.ckpt", kill_at=0)
     assert straight["status"] == 0
     assert len(straight["history"]) == 4
     draw = random.Random(2010)
@@ -445,7 +423,8 @@ def test_a_run_killed_at_twenty_instants_ends_with_the_same_bits(killer, tmp_pat
 
 
 def test_a_run_killed_three_times_in_a_row_still_ends(killer, tmp_path):
-    straight, path = killer(tmp_path / "straight.ckpt"), tmp_path / "often.ckpt"
+    straight = killer(tmp_path / "straight.ckpt", kill_at=0)
+    path = tmp_path / "often.ckpt"
     first_write_ends = straight["writing"][1]
     for _ in range(3):
         # Each process completes one round and is killed in the next.

@@ -348,9 +348,7 @@ def test_the_name_of_scales_is_no_name_of_a_parameter():
         ({"fc.weight": torch.ones(2, 2, 3)}, "missing none, unknown 'fc.weight'"),
     ],
 )
-def test_an_edge_encodes_a_model_that_does_not_fit_and_the_core_refuses_it(
-    wire_dtype, change, cause
-):
+def test_a_model_that_does_not_fit_is_encoded_and_refused(wire_dtype, change, cause):
     sent, edge = model_and_edge()
     with pytest.raises(ValueError, match=cause):
         read(arrays_of(edge | change, sent, wire_dtype), sent, wire_dtype)

@@ -44,7 +44,7 @@ def lines_of(console):
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
-def test_the_view_shows_rounds_time_left_accuracy_requests_bytes_and_refusals():
+def test_the_view_shows_what_happens_in_a_run():
     rows = lines_of(film(6))
     # Rounds 1 to 5 ended at 101, 141, 181, 263 and 303 s; four are left: 4 (303 - 101) / 4 s.
     assert re.fullmatch(r"ClonedKD +━+[╸╺]━+ +5 of 9 rounds, 0:05:43, about 0:03:22 left", rows[0])
@@ -126,7 +126,7 @@ def test_rounds_without_a_finite_accuracy_are_shown(view):
     assert "train accuracy  ▁ 0.500, best 0.500" in text_of(view)
 
 
-def test_a_resumed_run_continues_the_bar_and_counts_its_own_rounds_for_the_time_left(monkeypatch):
+def test_a_resumed_run_continues_the_bar_and_the_time_left(monkeypatch):
     now = SimpleNamespace(monotonic=lambda: now.seconds, seconds=0.0)
     monkeypatch.setattr("flwr_cloned_kd.loggers.live.time", now)
     view = LiveView(Console(file=io.StringIO()))

@@ -148,7 +148,7 @@ def logged(store, run_id):
 
 @needs("mlflow")
 @pytest.mark.filterwarnings("default")
-def test_mlflow_keeps_rounds_as_steps_settings_as_parameters_and_refusals_as_tags(store):
+def test_mlflow_keeps_rounds_settings_and_refusals(store):
     logger = MlflowLogger(store, experiment="digits", run_name="first")
     play(logger, num_rounds=3)
     run, metrics = logged(store, logger.run_id)
@@ -169,9 +169,7 @@ def test_mlflow_keeps_rounds_as_steps_settings_as_parameters_and_refusals_as_tag
 
 @needs("mlflow")
 @pytest.mark.filterwarnings("default")
-def test_a_new_run_of_mlflow_gets_the_rounds_before_a_resume_and_failed_runs_are_marked(
-    store, tmp_path
-):
+def test_mlflow_gets_the_rounds_before_a_resume_and_a_failure(store, tmp_path):
     class Fails(Judge):
         def absorb(self, dispatch, content, staleness):
             if dispatch.edge == "4":
@@ -256,9 +254,7 @@ def test_wandb_does_not_log_a_step_that_its_run_has(monkeypatch, tmp_path):
     assert fake.exit_code == 0
 
 
-def test_each_new_run_of_wandb_is_another_one_and_a_resumed_run_continues_its_own(
-    monkeypatch, tmp_path
-):
+def test_a_resumed_run_continues_its_run_of_wandb(monkeypatch, tmp_path):
     begun = []
 
     class Fresh:
@@ -281,7 +277,7 @@ def test_each_new_run_of_wandb_is_another_one_and_a_resumed_run_continues_its_ow
 
 
 @needs("tensorboard")
-def test_each_new_run_of_tensorboard_has_a_folder_and_a_resumed_run_continues_its_own(tmp_path):
+def test_a_resumed_run_continues_its_folder_of_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path / "run")
     play(logger, num_rounds=1)
     play(logger, num_rounds=2, checkpoint=tmp_path / "run.ckpt")
@@ -294,7 +290,7 @@ def test_each_new_run_of_tensorboard_has_a_folder_and_a_resumed_run_continues_it
 
 @needs("mlflow")
 @pytest.mark.filterwarnings("default")
-def test_each_new_run_of_mlflow_is_another_one_and_a_resumed_run_continues_its_own(store, tmp_path):
+def test_a_resumed_run_continues_its_run_of_mlflow(store, tmp_path):
     logger = MlflowLogger(store)
     run_ids = []
     for num_rounds, options in (

@@ -51,7 +51,7 @@ def test_two_edges_without_memory_teach_like_the_ensemble_of_their_clones():
     assert distance(together.params, twin.params) < ROUNDING
 
 
-def test_the_teachers_are_the_new_edges_and_all_but_the_oldest_of_the_memory():
+def test_new_edges_and_the_newest_of_the_memory_are_teachers():
     """With the same teachers in the memory, a weight of zero for one changes nothing but itself."""
     core = core_of(distillation={"memory_size": 2})
     state, _ = core.distill(start_of(core), edge_of(0))
@@ -190,7 +190,7 @@ def test_kept_targets_stay_below_the_limit():
     assert core.target_cache.num_bytes <= limit
 
 
-def test_full_trust_changes_no_bit_and_trust_reaches_the_movement_and_the_weight():
+def test_trust_scales_the_movement_and_the_weight():
     results = results_of(2)
     plain, _ = core_of().distill_all(start_of(core_of()), results)
     full = core_of(trust=lambda evidence: 1.0)
@@ -224,7 +224,7 @@ def test_an_edge_without_trust_is_refused_before_the_distillation():
     assert "train-accuracy" not in metrics
 
 
-def test_an_edge_that_the_caller_does_not_trust_moves_nothing_and_teaches_nothing():
+def test_an_edge_without_trust_moves_and_teaches_nothing():
     core = core_of(distillation={"student_start": 1.0})
     good, other = results_of(2)
     first, _ = core.distill_all(start_of(core), [good._replace(trust=0)])

@@ -129,7 +129,7 @@ def test_without_an_edge_the_bits_are_those_of_a_run_that_refused_it(first, edge
             assert same_bits(answer.sent, other.sent)
 
 
-def test_edges_that_are_undone_one_after_the_other_are_as_if_undone_together():
+def test_the_order_of_undoing_edges_does_not_matter():
     rounds, sent, _ = played()
     kept = [made for one in replay(tiny_core(), rounds, {"b"}, weight_of) for made in one.rounds]
     *_, last = replay(tiny_core(), kept, {"e", "g"}, weight_of)

@@ -16,15 +16,12 @@ from flwr_cloned_kd.paper.figures import choose, usual
 from flwr_cloned_kd.paper.rounds import play
 from flwr_cloned_kd.paper.runs import Run
 from flwr_cloned_kd.paper.tables import markdown
+from tests.helpers.reference import same_bits
 
 
 def core_after(run):
     *_, (record, state) = play(run)
     return record, state.core.params
-
-
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_every_attack_and_every_guard_is_in_the_study():
@@ -63,18 +60,18 @@ def test_a_bad_edge_of_a_run_sends_what_the_plain_loop_would(tiny):
             )
         state, _ = core.distill(state, edge)
     record, params = core_after(run)
-    assert same(params, state.params)
+    assert same_bits(params, state.params)
     assert [one["bad"] for one, _ in [*play(run)][1:]] == [0.0, 1.0, 0.0]
     assert 0 <= record["backdoor"] <= 1
-    assert not same(params, core_after(Run(settings=tiny))[1])
+    assert not same_bits(params, core_after(Run(settings=tiny))[1])
 
 
 def test_a_bad_edge_of_a_run_trains_on_attacked_data(tiny):
     options = {"attack": "labels all 0", "bad_edges": (0, 1, 2)}
     _, honest = core_after(Run(settings=tiny, strength=0.0, **options))
-    assert same(honest, core_after(Run(settings=tiny))[1])
+    assert same_bits(honest, core_after(Run(settings=tiny))[1])
     _, bad = core_after(Run(settings=tiny, strength=1.0, **options))
-    assert not same(honest, bad)
+    assert not same_bits(honest, bad)
 
 
 def test_the_oracle_omits_bad_edges_whatever_they_do(tiny):
@@ -83,11 +80,11 @@ def test_the_oracle_omits_bad_edges_whatever_they_do(tiny):
         core_after(Run(settings=tiny, attack=attack, strength=1.0, **options))[1]
         for attack in ("free rider", "labels y + 1")
     ]
-    assert same(*cores)
-    assert same(cores[0], core_after(Run(settings=tiny, order=((0, 0), (1, 0))))[1])
+    assert same_bits(*cores)
+    assert same_bits(cores[0], core_after(Run(settings=tiny, order=((0, 0), (1, 0))))[1])
 
 
-def test_the_attacker_has_its_own_data_and_neither_guard_nor_held_out_data(tiny, monkeypatch):
+def test_the_attacker_has_its_own_data_and_no_guard(tiny, monkeypatch):
     copies = []
 
     def spy(strength, core, num_classes):
@@ -107,7 +104,7 @@ def test_the_attacker_has_its_own_data_and_neither_guard_nor_held_out_data(tiny,
     assert num_classes == 2
 
 
-def test_every_attack_is_compared_with_the_row_omitted_of_its_preset_and_visits():
+def test_every_attack_is_compared_with_its_row_omitted():
     plan = attacks.plan(Settings(), 1, 1)
     for name, row in attacks.ROWS.items():
         (run,), (reference,) = plan[name], plan[row.reference]
@@ -279,7 +276,7 @@ def test_a_guard_that_only_watches_leaves_the_core_as_it_is(tiny, monkeypatch):
     _, watched = core_after(Run(settings=tiny))
     monkeypatch.setattr("flwr_cloned_kd.paper.rounds._watch", lambda scores: None)
     record, plain = core_after(Run(settings=tiny))
-    assert same(watched, plain)
+    assert same_bits(watched, plain)
     assert "scores" not in record
 
 

@@ -87,7 +87,7 @@ def test_an_edge_without_trust_leaves_the_training_of_the_server(edge):
     assert params is server
 
 
-def test_fltrust_averages_running_statistics_and_keeps_the_counters_of_the_server():
+def test_fltrust_averages_statistics_and_keeps_counters():
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
     sent = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     server = sent | {"0.weight": sent["0.weight"] + 1, "1.num_batches_tracked": torch.tensor(5)}

@@ -78,7 +78,7 @@ def test_only_what_stands_between_the_markers_changes(results):
     assert render(expected, results) == expected
 
 
-def test_rows_come_in_the_order_of_the_marker_and_columns_in_that_of_the_table():
+def test_the_marker_orders_the_rows_and_the_table_the_columns():
     lines = table_part(DATA, rows=["CEM, paper", "ours"], columns=["MB", "IID"]).splitlines()
     assert lines == [
         "| last core, 2 seeds | IID | MB |",

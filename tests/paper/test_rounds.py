@@ -17,6 +17,7 @@ from flwr_cloned_kd.paper.rounds import play
 from flwr_cloned_kd.paper.run_state import RunState
 from flwr_cloned_kd.paper.runs import Run
 from tests.helpers.fake_grid import FakeGrid
+from tests.helpers.reference import same_bits
 
 
 @pytest.mark.parametrize("split", ["random", "one-class"])
@@ -43,10 +44,6 @@ def cores_of(run):
     return [state.core.params for _, state in play(run)]
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_run_is_algorithm_1(tiny):
     core = build_core(tiny)
     train, _ = load(tiny)
@@ -65,7 +62,7 @@ def test_a_run_is_algorithm_1(tiny):
         expected.append(metrics["core-accuracy"])
     *_, (_, last) = played = list(play(Run(settings=tiny)))
     assert [record["core-accuracy"] for record, _ in played] == pytest.approx(expected)
-    assert same(last.core.params, state.params)
+    assert same_bits(last.core.params, state.params)
 
 
 def test_a_late_edge_was_sent_the_core_of_an_earlier_round(tiny, monkeypatch):
@@ -91,7 +88,7 @@ def test_an_oracle_leaves_the_core_as_if_the_edge_had_not_come(tiny):
     assert [r["accepted"] for r in refused] == [1, 1, 1, 0]
 
 
-def test_keeping_the_clone_costs_no_distillation_and_fedavg_trains_every_edge(tiny):
+def test_the_images_and_bytes_of_averaging_by_hand(tiny):
     one_clone = replace(tiny, variant="CPP")
     kept = records_of(Run(settings=one_clone, combine="average"))
     two_rounds = replace(one_clone, num_rounds=2)
@@ -125,7 +122,7 @@ def test_a_share_of_the_clone_is_what_fedasync_makes_of_it(tiny):
     first, trained = cores_of(Run(settings=one_round, combine="average"))
     _, mixed = cores_of(Run(settings=one_round, combine="average", mix=0.3))
     strategy = FedAsync(alpha=0.3, revisit=False)
-    assert same(mixed, global_model_after(strategy, first, [trained]))
+    assert same_bits(mixed, global_model_after(strategy, first, [trained]))
 
 
 def test_a_share_of_the_mean_is_what_fedbuff_makes_of_equal_edges(tiny, monkeypatch):
@@ -196,10 +193,10 @@ def test_a_state_of_a_run_survives_its_form_on_disk(tiny):
     assert (restored.server_round, restored.core.version) == (3, 3)
     assert torch.equal(restored.right, state.right)
     assert len(restored.past) == len(state.past) == 3
-    assert all(same(one, other) for one, other in zip(restored.past, state.past))
-    assert same(restored.core.params, state.core.params)
+    assert all(same_bits(one, other) for one, other in zip(restored.past, state.past))
+    assert same_bits(restored.core.params, state.core.params)
     assert len(restored.core.memory) == len(state.core.memory) == 3
-    assert all(same(one, other) for one, other in zip(restored.core.memory, state.core.memory))
+    assert all(same_bits(one, other) for one, other in zip(restored.core.memory, state.core.memory))
     assert restored.core.train_accuracy == state.core.train_accuracy
     assert restored.core.memory_weights == state.core.memory_weights
 
@@ -217,7 +214,7 @@ def test_what_travels_in_a_smaller_form_is_rounded_in_both_directions(tiny, wire
         edge, num_bytes = transfer(edge, sent, wire_dtype)
         state, _ = core.distill(state, edge, sent=sent)
     *_, (record, last) = play(run)
-    assert same(last.core.params, state.params)
+    assert same_bits(last.core.params, state.params)
     assert record["bytes-up"] == num_bytes
     floats = sum(
         tensor.numel() for tensor in state.params.values() if tensor.dtype.is_floating_point
@@ -234,7 +231,7 @@ def test_what_does_not_travel_is_not_rounded(tiny, edge_data):
         cores_of(Run(settings=tiny, edge_data=edge_data, wire_dtype=form))
         for form in ("float32", "int8")
     )
-    assert all(same(one, other) for one, other in zip(plain, rounded))
+    assert all(same_bits(one, other) for one, other in zip(plain, rounded))
 
 
 def test_edges_side_by_side_each_travel_in_the_smaller_form(tiny):

@@ -20,7 +20,7 @@ def parts_of(**options):
     return split(Settings(**options), LABELS)
 
 
-def test_every_edge_has_the_images_of_one_class_and_the_core_keeps_its_part():
+def test_every_edge_has_one_class_and_the_core_keeps_its_part():
     core, *edges = parts_of(split="one-class", seed=3)
     assert torch.equal(core, parts_of(seed=3)[0])
     classes = [set(LABELS[rows].tolist()) for rows in edges]
@@ -31,14 +31,14 @@ def test_every_edge_has_the_images_of_one_class_and_the_core_keeps_its_part():
     assert parts_of(split="one-class", seed=4)[1].tolist() != edges[0].tolist()
 
 
-def test_classes_are_held_by_several_edges_only_where_there_are_more_edges_than_classes():
+def test_edges_share_a_class_only_if_there_are_more_edges():
     edges = parts_of(split="one-class", num_edges=12)[1:]
     classes = [int(LABELS[rows][0]) for rows in edges]
     assert sorted(classes[:10]) == [*range(10)]
     assert classes[10:] == classes[:2]
 
 
-def test_every_method_is_planned_on_every_split_and_what_ours_is_made_of_on_fewer_seeds():
+def test_every_method_is_planned_on_every_split():
     plan = skew.plan(Settings(), 5, 3)
     assert len(plan) == len(SPLITS) * len(ROWS)
     for (name, method), split_name in itertools.product(ROWS.items(), SPLITS):
@@ -72,7 +72,7 @@ def records_of(*accuracies):
     return [{"round": i, "core-accuracy": a, **costs} for i, a in enumerate(accuracies)]
 
 
-def test_a_row_has_the_last_core_the_mean_over_the_rounds_and_the_largest_fall():
+def test_a_row_has_the_last_core_the_mean_and_the_fall():
     runs = [records_of(0.5, 0.6, 0.4), records_of(0.5, 0.7, 0.8)]
     (row,) = skew.reduce({"ours | IID": runs}).values()
     assert (row["method"], row["split"]) == ("ours", "IID")
@@ -92,7 +92,7 @@ def test_a_row_of_one_round_is_read_after_that_round():
     assert first_core["worst drop"] == 0
 
 
-def test_records_are_of_what_phase_2_does_and_not_of_the_name_of_its_preset():
+def test_records_are_of_phase_2_and_not_of_its_presets_name():
     ours = Run(settings=Settings())
     spelled_out = Run(
         settings=Settings(preset="unselective"),

@@ -65,7 +65,7 @@ def test_an_unfinished_run_is_a_group_of_its_own(tmp_path):
     assert labels == ["cloned-kd", "cloned-kd, unfinished, killed"]
 
 
-def test_a_run_without_a_config_neither_joins_a_group_nor_makes_a_difference(tmp_path):
+def test_a_run_without_a_config_is_a_group_of_its_own(tmp_path):
     write_run(tmp_path / "a")
     bare = write_run(tmp_path / "b")
     (bare / "config.json").unlink()

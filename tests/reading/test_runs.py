@@ -72,7 +72,7 @@ def test_events_that_were_not_written_follow_from_the_rounds(tmp_path):
         assert span.end == pytest.approx(other.end, abs=1e-3)
 
 
-def test_answers_that_were_absorbed_together_have_the_same_span_of_the_core(tmp_path):
+def test_answers_of_one_group_have_the_same_span(tmp_path):
     costs = {"time": 10.0, "core-seconds": 2.0, "together": 2, "wait-seconds": 1.0}
     rows = [
         round_row(number, 0.6, number=number, **costs, **{"edge-seconds": float(number)})
@@ -87,7 +87,7 @@ def test_answers_that_were_absorbed_together_have_the_same_span_of_the_core(tmp_
     ]
 
 
-def test_a_refused_answer_among_those_that_the_core_took_up_together_shares_their_span(tmp_path):
+def test_a_refused_answer_of_a_group_shares_its_span(tmp_path):
     # Three answers took 6 s of the core; it distilled two of them together and refused the third.
     costs = {"time": 10.0, "core-seconds": 2.0, "wait-seconds": 1.0, "edge-seconds": 1.0}
     rows = [

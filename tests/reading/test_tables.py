@@ -92,7 +92,7 @@ def test_refused_rounds_are_listed_with_their_causes(runs):
     assert [row[-1] for row in cells.rows] == ["a", "b"]
 
 
-def test_configs_are_compared_key_by_key_and_what_they_share_is_listed_once(tmp_path, runs):
+def test_configs_are_compared_key_by_key(tmp_path, runs):
     assert difference_cells(runs) is None
     other = load_runs([*[run.folder for run in runs], write_run(tmp_path / "c", preset="paper")])
     assert difference_cells(other) == (

@@ -109,7 +109,7 @@ def test_the_request_of_an_edge_that_departs_expires():
     ]
 
 
-def test_an_edge_that_departs_and_returns_is_asked_again_only_if_it_was_not_asked():
+def test_an_edge_that_returns_is_asked_if_it_was_not_asked():
     grid = VirtualGrid(nodes(2), compute=2.0, stay=by_edge(math.inf, 1), away=5.0)
     strategy = run(grid, rounds=2, timeout=30)
     # Edge 1 is away from 1 to 6; then it stays for 1 s, too short for 2 s of training.
@@ -121,7 +121,7 @@ def test_an_edge_that_departs_and_returns_is_asked_again_only_if_it_was_not_aske
     ]
 
 
-def test_the_answer_of_an_edge_that_departs_while_the_core_learns_is_not_lost():
+def test_an_edge_that_departs_while_the_core_learns_is_not_lost():
     grid = VirtualGrid(
         nodes(2), compute=by_edge(1, 3), stay=by_edge(math.inf, 4), core=Constant(10)
     )
@@ -348,19 +348,19 @@ def test_every_request_is_accounted_for_in_any_federation(
     assert second_strategy.w == strategy.w
 
 
-def test_ten_thousand_edges_in_seconds_and_no_message_is_kept():
-    # 8 s of a processor beside three busy processes; 11 s with the log that pytest keeps.
-    num_edges = 10_000
+@pytest.mark.parametrize("num_edges", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_an_edge_costs_two_milliseconds_and_no_message_is_kept(num_edges):
+    # 0.8 ms of a processor beside three busy processes; 1.1 ms with the log that pytest keeps.
     started = time.process_time()
     grid = VirtualGrid(nodes(num_edges), compute=LogNormal(median=60, sigma=1.0), core=0.1)
     strategy = run(grid, rounds=num_edges, timeout=1e5, max_in_flight=100)
     assert strategy.w == num_edges * (num_edges + 1) / 2
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 0.002 * num_edges
     gc.collect()
     assert sum(type(item) is Message for item in gc.get_objects()) < 200
 
 
-def test_the_work_of_a_round_does_not_grow_with_the_rounds_or_the_edges_in_flight(monkeypatch):
+def test_the_work_of_a_round_does_not_grow(monkeypatch):
     """Each event costs one pull for all requests, and no copy of the books is made."""
     calls = []
     grid = VirtualGrid(nodes(50), compute=LogNormal(median=60, sigma=1.0), core=0.1)
@@ -436,7 +436,7 @@ def test_a_result_that_is_no_message_is_a_failure_of_its_edge(result):
     assert [event.kind for event in grid.events if event.edge == "0"] == ["arrive", "ask", "error"]
 
 
-def test_an_answer_to_a_query_that_is_no_message_leaves_the_edge_without_a_name():
+def test_an_edge_that_answers_a_query_wrongly_has_no_name():
     def edge(message, context):
         query = message.metadata.message_type == "query"
         return "edge 7" if query else adds(2)(message, context)

@@ -11,7 +11,7 @@ def request():
     return Message(RecordDict({"arrays": ArrayRecord()}), dst_node_id=100, message_type="train")
 
 
-def test_a_process_without_an_identity_can_create_messages_after_identify_process(monkeypatch):
+def test_identify_process_lets_a_process_create_messages(monkeypatch):
     for name in ("_run_id", "_task_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, None)
     with pytest.raises(RuntimeError, match="is not set"):
