@@ -11,6 +11,8 @@ BIN := .venv/bin
 QUICK := not simulation and not package and not deployment and not gpu and not slow
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+# The tests start processes of their own, and two threads in each of them slow all down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Versions that have wheels for this Python; matplotlib-venn has none.
 LOWEST := --resolution lowest-direct --only-binary :all: --no-binary matplotlib-venn
 
@@ -25,19 +27,19 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2 --durations=5
-	$(BIN)/python -m pytest -m "simulation and not slow" --durations=5
+	$(PYTEST) -m "$(QUICK)" --numprocesses 2 --durations=5
+	$(PYTEST) -m "simulation and not slow" --durations=5
 	$(MAKE) --no-print-directory package
 
 deployment: .venv/.dev
-	$(BIN)/python -m pytest -m deployment --durations=5
+	$(PYTEST) -m deployment --durations=5
 
 dist: .venv/.dist
 	rm -rf dist
 	$(BIN)/uv build --quiet --no-build-isolation --python $(BIN)/python
 
 package: .venv/.dev dist
-	$(BIN)/python -m pytest -m package --durations=5
+	$(PYTEST) -m package --durations=5
 
 # What the lower bounds of pyproject.toml mean for this Python, and no constraint at all.
 constraints-lowest.txt: pyproject.toml | .venv/bin/python
@@ -50,7 +52,7 @@ constraints-newest.txt:
 	touch $@
 
 quick: .venv/.dev
-	$(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2
+	$(PYTEST) -m "$(QUICK)" --numprocesses 2
 
 docs: .venv/.dev
 	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

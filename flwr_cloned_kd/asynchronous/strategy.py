@@ -289,6 +289,8 @@ class AsyncStrategy(Strategy):
         seconds = self._now() - self._started
         text = "Finished in %.1f s: %d rounds, version %d"
         log(INFO, text, seconds, len(self.history), self.version)
+        if self.history and not any(row["accepted"] for row in self.history):
+            log(WARNING, "No answer was accepted: the arrays are those that the run began with")
         return result
 
     def _run(
@@ -370,6 +372,8 @@ class AsyncStrategy(Strategy):
         """Log the configuration."""
         log(INFO, "\t├── Edges in flight: at most %d", self.max_in_flight)
         log(INFO, "\t├── An edge is asked: %s", "again and again" if self.revisit else "once")
+        if self.checkpoint is not None:
+            log(INFO, "\t├── Checkpoint: %s", self.checkpoint)
 
     def _settle(
         self, first_round: int, answers: Sequence[Answer], courier: Courier | None = None

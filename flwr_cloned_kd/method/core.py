@@ -152,7 +152,8 @@ class Core:
             with a rule of trust; "cause", a text, if the guard refused the edge; and, with held-out
             data, "core-accuracy", "edge-accuracy" (mean of the clones), "ensemble-accuracy" and the
             `Venn` of the new core and the edge: "student-only", "both", "teacher-only",
-            "consensus". Fractions in [0, 1].
+            "consensus". Fractions in [0, 1]. If the guard refused the edge after the distillation,
+            the metrics are those of the core that it refused.
 
         Raises:
             ValueError: if a prediction of the edge or a weight of the new core is not finite, if

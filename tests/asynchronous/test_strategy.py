@@ -97,6 +97,17 @@ def test_absorb_may_return_numbers_of_numpy_and_pytorch():
     assert result.train_metrics_clientapp[1]["a"] == 0.5
 
 
+def test_a_run_that_accepted_no_answer_ends_with_a_warning(flower_log):
+    class Refuses(Tally):
+        def absorb(self, dispatch, content, staleness):
+            raise ValueError("expected another answer")
+
+    Refuses().start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    assert "No answer was accepted" in flower_log[-1]
+    Tally().start(FakeGrid([adds(1)]), NOTHING, num_rounds=1)
+    assert "No answer was accepted" not in flower_log[-1]
+
+
 def test_with_one_in_flight_the_next_edge_gets_the_newest_core():
     strategy = Tally()
     strategy.start(FakeGrid([adds(i) for i in (1, 2, 3)]), NOTHING, num_rounds=3)
