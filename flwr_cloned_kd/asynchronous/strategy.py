@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from ..engine.counts import check_count
+from ..engine.counts import check_count, plain
 from ..io.messages import content_of, num_bytes
 from .arrivals import Arrivals
 from .callbacks import Callback, Callbacks, RunStart
@@ -397,12 +397,8 @@ class AsyncStrategy(Strategy):
             metrics: dict[str, Any] = {"accepted": 0.0}
             cause = str(outcome)
             if not isinstance(outcome, ValueError):
-                # No record and no JSON can hold a number of NumPy or PyTorch.
-                plain = {
-                    name: value.item() if hasattr(value, "item") else value
-                    for name, value in outcome.items()
-                }
-                metrics |= plain | {"accepted": float(plain.get("accepted", True))}
+                metrics |= {name: plain(value) for name, value in outcome.items()}
+                metrics["accepted"] = float(outcome.get("accepted", True))
                 cause = metrics.pop("cause", "")
             kind = "absorb" if metrics["accepted"] else "refuse"
             self._record(ended, kind, dispatch.edge, dispatch.number)

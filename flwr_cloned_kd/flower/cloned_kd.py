@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from logging import INFO, WARNING
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..asynchronous.session import Dispatch, Received
 from ..asynchronous.staleness import StalenessWeight
 from ..asynchronous.strategy import AsyncStrategy, LoopOptions
-from ..engine.counts import check_count
+from ..engine.counts import check_count, plain
 from ..engine.ensemble import StateDict, frozen_state, member, size, trained_state
 from ..engine.optimizers import optimizer_name
 from ..engine.tasks import classification
@@ -275,10 +275,10 @@ class ClonedKD(AsyncStrategy):
         )
         if size(edge) > self.num_clones:
             raise ValueError(f"clones: expected at most {self.num_clones}, got {size(edge)}")
-        # A user's function may return a number of NumPy or PyTorch: no checkpoint can hold one.
-        weight = (
-            1.0 if self.staleness_weight is None else float(self.staleness_weight(answer.staleness))
-        )
+        weight = 1.0
+        if self.staleness_weight is not None:
+            # A checkpoint cannot hold a number of NumPy or PyTorch.
+            weight = float(self.staleness_weight(answer.staleness))
         read = KeptAnswer(
             edge=dispatch.edge,
             number=dispatch.number,
@@ -332,13 +332,13 @@ class ClonedKD(AsyncStrategy):
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common; functions by their names.
 
-        An option that is not used is None, which is also what a checkpoint of an older version,
-        without this option, is taken to have.
+        An option that is not used is None. If a checkpoint of an older version lacks an option,
+        this option counts as None too.
         """
         distillation = self.core.distillation
         options = {**vars(distillation), **vars(distillation.recipe)}
         numbers = {
-            name: value if value is None else _plain(value)
+            name: plain(value)
             for name, value in options.items()
             if value is None or isinstance(value, Real)
         }
@@ -389,13 +389,6 @@ class ClonedKD(AsyncStrategy):
             # What the edge reads: the core counts the clones' movement from there.
             self._sent = received(sent, self.wire_dtype)
             self._encoded = encode_request(sent, self.wire_dtype)
-
-
-def _plain(number: Real) -> float:
-    """Return a number of Python, which JSON can hold, for one of NumPy."""
-    if isinstance(number, int | float):
-        return number
-    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def _name(rule: Callable[..., Any] | float | str) -> str:
