@@ -109,6 +109,7 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
         ...     draw_timeline(events, Path(folder, "timeline.svg"))
     """
     try:
+        from matplotlib.artist import Artist
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
@@ -137,20 +138,22 @@ def draw_timeline(events: Sequence[Event], path: str | Path, *, title: str = "")
                 edgecolor="white",
                 linewidth=0.5,
             )
-    for event in events:
-        if event.kind in ("arrive", "depart") and event.edge in edges:
-            marker = ">" if event.kind == "arrive" else "<"
-            axes.plot(event.time, places[event.edge], marker, color="black", markersize=4)
+    handles: list[Artist] = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=text)
+        for look, (text, colour, hatch) in LOOKS.items()
+        if any(span.look == look for span in by_begin)
+    ]
+    for kind, marker, text in (("arrive", ">", "edge arrives"), ("depart", "<", "edge leaves")):
+        shown = [event for event in events if event.kind == kind and event.edge in edges]
+        if shown:
+            times = [event.time for event in shown]
+            lanes = [places[event.edge] for event in shown]
+            handles += axes.plot(times, lanes, marker, color="black", markersize=4, label=text)
     # Show the names of edges verbatim: "$" must not start math mode.
     axes.set_yticks(list(places.values()), ["core", *edges], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the start of the run")
     axes.set_title(title)
-    patches = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=text)
-        for look, (text, colour, hatch) in LOOKS.items()
-        if any(span.look == look for span in by_begin)
-    ]
-    if patches:
-        axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    if handles:
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=120)
