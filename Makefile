@@ -19,9 +19,10 @@ LOWEST := --resolution lowest-direct --only-binary :all: --no-binary matplotlib-
 .PHONY: demo test quick docs dist package deployment clean
 
 # One thread: a second gains nothing on so small a model, and costs tenfold where others use the CPU.
+# The clones of an edge train on a thread each.
 demo: .venv/.demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python examples/run.py quickstart_digits \
-		--run-config "strategy='cloned-kd,fedavg,fedprox'"
+		--run-config "strategy='cloned-kd,fedavg,fedprox' workers=2"
 
 test: .venv/.dev
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ RUNTIMES = {
     "plain: one by one, no kept targets": Runtime(batch_clones=False, target_bytes=0),
     "kept targets": Runtime(batch_clones=False),
     "batched clones": Runtime(batch_clones=True, target_bytes=0),
+    "batched, kept": Runtime(batch_clones=True),
     "the rules' choice": Runtime(bf16=None, compile=None),
     "bfloat16, batched, kept": Runtime(bf16=True, batch_clones=True),
     "bfloat16, compiled, kept": Runtime(bf16=True, compile=True, batch_clones=False),

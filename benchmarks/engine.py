@@ -320,7 +320,7 @@ def summary(
         "versions": {"python": platform.python_version(), "flwr-cloned-kd": __version__}
         | {name: version(name) for name in ("torch", "torchvision")},
         "dataset": options.dataset,
-        "model": options.model,
+        "model": "digits-cnn" if options.dataset == "digits" else options.model,
         "samples": len(setup.data[1]),
         "epochs": setup.recipe.epochs,
         "num-clones": setup.num_clones,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import engine, machine, phase0, presets, steps
+from benchmarks import engine, machine, phase0, presets, small_models, steps
 from benchmarks import reference as textbook
 from flwr_cloned_kd import (
     PRESETS,
@@ -197,6 +197,17 @@ def test_steps_are_timed_by_a_short_and_a_long_training(monkeypatch, tmp_path):
     (row,) = results["rows"]
     assert (row["depth"], row["clones"]) == (8, 1)
     assert row["milliseconds"].keys() == {"plain"}
+
+
+def test_every_small_model_trains_in_every_way(tmp_path, capsys):
+    path = tmp_path / "small.json"
+    options = ["--device", "cpu", "--epochs", "1", "--repeats", "2", "--json", str(path)]
+    results = small_models.main(options)
+    assert json.loads(path.read_text()) == results
+    for name in small_models.MODELS:
+        assert results[name].keys() == small_models.WAYS.keys()
+        assert all(len(times) == 2 and min(times) > 0 for times in results[name].values())
+    assert "19,074" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("epochs", [("2", "2"), ("0", "1")])

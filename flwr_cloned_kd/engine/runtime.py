@@ -21,6 +21,8 @@ MIN_LARGE_PARAMETERS = 50_000
 """Smallest number of parameters of a large model; a smaller model spends its time on overhead."""
 MIN_COMPILE_FLOP = 1e14
 """Operations of a phase, about 10 minutes of them, above which a compilation saves time."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that a CPU computes faster for one clone after the other."""
 CPU_SAMPLES_AT_ONCE = 128
 """Larger batches exceed the cache of a CPU (docs/performance.md)."""
 MAX_GPU_SAMPLES_AT_ONCE = 2048
@@ -44,8 +46,9 @@ class Runtime:
             compilation takes one to two minutes; later processes load it from disk. None: only on
             a CPU, and only for phases that are long enough for the compilation to save time.
         batch_clones: train all clones in one pass (True) or one by one (False). None: in one pass
-            if the model is small, below 50,000 parameters. On a GPU one pass is always in float32:
-            with `bf16=True` the clones train one by one.
+            if the model is small, below 50,000 parameters, and on a CPU only if the model has no
+            convolutions. On a GPU one pass is always in float32: with `bf16=True` the clones train
+            one by one.
         workers: number of clones that train side by side on a CPU, one thread of Python each. The
             threads of PyTorch are divided among them. None: as many as there are threads, unless
             the clones train in one pass or compiled. A model that draws random numbers while it
@@ -150,7 +153,11 @@ def plan(
     """
     device = runtime.target
     small = is_small(model)
-    batched = num_clones > 1 and (small if runtime.batch_clones is None else runtime.batch_clones)
+    batched = num_clones > 1 and (
+        _is_faster_in_one_pass(model, device)
+        if runtime.batch_clones is None
+        else runtime.batch_clones
+    )
     bf16 = not small and _multiplies_bf16(device) if runtime.bf16 is None else runtime.bf16
     if device.type == "cuda" and batched and bf16:
         # On a GPU `vmap` fails in batch normalisation if the inputs are bfloat16.
@@ -189,6 +196,16 @@ def available_threads() -> int:
 def is_small(model: nn.Module) -> bool:
     """Return whether a model spends most of its time on the overhead of small operations."""
     return sum(p.numel() for p in model.parameters()) < MIN_LARGE_PARAMETERS
+
+
+def _is_faster_in_one_pass(model: nn.Module, device: torch.device) -> bool:
+    """Return whether a pass of all clones takes less time than a pass of each.
+
+    One pass saves the overhead of small operations. But the convolutions of all clones become one
+    grouped convolution, which a CPU computes more slowly than the convolutions one by one.
+    """
+    convolves = any(isinstance(part, CONVOLUTIONS) for part in model.modules())
+    return is_small(model) and not (convolves and device.type == "cpu")
 
 
 @contextmanager

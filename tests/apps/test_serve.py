@@ -34,7 +34,7 @@ def test_all_strategies_run_in_turn_from_one_first_core(tmp_path):
     late = [row["staleness"] for row in rounds["fedbuff"]]
     assert late[:3] == [0, 0, 0]
     assert late[3:5] == [1, 1]
-    assert run.summary["runtime"]["phase-1"]["batch_clones"] is True
+    assert run.summary["runtime"]["phase-1"]["batch_clones"] is False  # convolutions
     assert {path.name for path in run.folder.glob("timeline-*.png")} == {
         f"timeline-{name}.png" for name in ("cloned-kd", "fedasync", "fedbuff")
     }

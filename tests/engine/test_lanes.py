@@ -118,13 +118,18 @@ CANNOT = {
 }
 
 
-@pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
+@pytest.mark.parametrize(("build", "runtime"), [(mlp, CPU), (cnn, TOGETHER)], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_small_model_is_one_lane_for_all_clones(build, training):
-    clone_lanes, chosen = lanes_of(build(), training=training)
+def test_a_small_model_is_one_lane_for_all_clones(build, runtime, training):
+    clone_lanes, chosen = lanes_of(build(), runtime, training=training)
     assert len(clone_lanes) == 1
     assert chosen.batch_clones
     assert all(len(leaf) == 3 for leaf in clone_lanes[0].leaves)
+
+
+def test_a_small_model_with_convolutions_is_a_lane_per_clone():
+    clone_lanes, chosen = lanes_of(cnn())
+    assert (len(clone_lanes), chosen.batch_clones) == (3, False)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -100,6 +100,14 @@ def test_steps_are_recorded_on_a_gpu_only_and_only_in_training(machine, device, 
     assert not planned(build(), asked | {"device": "cpu"}).cuda_graphs
 
 
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_on_a_cpu_clones_with_convolutions_train_one_by_one(machine, convolution):
+    model = nn.Sequential(convolution(1, 1, 1), small())
+    assert not planned(model).batch_clones
+    assert planned(model, {"batch_clones": True}).batch_clones
+    assert planned(model, {"device": "cuda"}).batch_clones
+
+
 def test_a_gpu_compiles_on_demand_only(machine):
     assert not planned(large(), {"device": "cuda"}).compile
     assert planned(large(), {"device": "cuda", "compile": True}).compile
