@@ -78,7 +78,7 @@ def save(path: Path, run: SavedRun) -> bool:
 
 
 def load(path: Path) -> SavedRun | None:
-    """Read the newest good checkpoint of a run; None if there is none.
+    """Read the newest good checkpoint of a run; return None without one.
 
     Raises:
         ValueError: naming the file, what was expected and what was found.

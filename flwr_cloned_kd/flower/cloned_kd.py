@@ -55,6 +55,7 @@ class ClonedKD(AsyncStrategy):
 
     Raises:
         ValueError: for a number out of range, or `keep_rounds` without a checkpoint.
+        TypeError: if `core` is no `Core`, such as a model.
 
     Examples:
         >>> import torch
@@ -83,6 +84,9 @@ class ClonedKD(AsyncStrategy):
         keep_rounds: int = 0,
         **loop: Unpack[LoopOptions],
     ) -> None:
+        if not isinstance(core, Core):
+            name = type(core).__name__
+            raise TypeError(f"core: expected a Core(model=..., dataset=...), got {name}")
         super().__init__(**loop)
         check_count("num_clones", num_clones)
         check_count("max_together", max_together)

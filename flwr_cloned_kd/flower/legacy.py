@@ -228,7 +228,7 @@ class LegacyClonedKD(Strategy):
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
-        """Return the core's cross entropy and accuracy on held-out data, None if there is none."""
+        """Return the core's cross entropy and accuracy on held-out data; None without such data."""
         if self.core.held_out is None:
             return None
         arrays = record_of(parameters, list(self._like), [])

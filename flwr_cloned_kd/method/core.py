@@ -19,6 +19,7 @@ from ..engine.ensemble import (
 from ..engine.fit import accuracy, fit, predict
 from ..engine.inputs import Dataset
 from ..engine.losses import distillation as distillation_loss
+from ..engine.nested import on_device, tensors_of
 from ..engine.recipe import Recipe, fold_in
 from ..engine.runtime import Runtime
 from ..engine.samples import as_dataset
@@ -56,7 +57,7 @@ class Core:
     Args:
         model: the architecture; its weights are the start of Phase 0.
         dataset: the core data, inputs `[N, ...]` and labels `[N, ...]`, or data in any form that
-            `as_dataset` converts.
+            `as_dataset` converts. All data are kept on the CPU, also those that come from a GPU.
         task: what the outputs of the model mean.
         recipe: Phase 0.
         distillation: Phase 2; None is the preset `practical` of `recipe`.
@@ -115,7 +116,10 @@ class Core:
         for name in ("dataset", "held_out", "validation"):
             data = getattr(self, name)
             if data is not None:
-                object.__setattr__(self, name, as_dataset(data, self.model, self.task, name=name))
+                data = as_dataset(data, self.model, self.task, name=name)
+                if any(tensor.device.type != "cpu" for tensor in tensors_of(data)):
+                    data = on_device(data, torch.device("cpu"))  # where outputs are compared
+                object.__setattr__(self, name, data)
 
     def pretrain(self, start: StateDict | None = None) -> StateDict:
         """Phase 0: train on the core data, from `start` or from the weights of the model."""

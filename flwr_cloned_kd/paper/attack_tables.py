@@ -23,7 +23,7 @@ MAX_FALSE_ALARMS = {"IID": 1 / 50, "Dirichlet 0.3": 1 / 20}
 """Split -> the share of honest edges that a guard may refuse."""
 
 Grid = dict[str, list[float | None]]
-"""Name of a line -> its number in each column; None where there is none."""
+"""Name of a line -> its number in each column; None in a column without a number."""
 
 
 def table(result: Summary) -> tuple[list[str], list[list[str]]]:

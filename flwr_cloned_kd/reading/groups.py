@@ -10,8 +10,8 @@ from .curves import Point, curve
 from .runs import LoadedRun
 
 NOT_COMPARED = ("seed", "strategy", "results", "checkpoint", "keep-rounds", "watch")
-"""Keys of a run-config that do not tell configs apart: a run may have several strategies, and the
-last four say what a run writes and where, which changes no result."""
+"""Keys of a run-config that make no difference between configs: a run may have several strategies,
+and the last four say what a run writes and where, which changes no result."""
 MAX_NAMED_KEYS = 2
 """Configs that differ in more keys than that have numbers for names."""
 
@@ -39,7 +39,7 @@ class Group:
 
 
 def compared(config: Config) -> Config:
-    """Return the entries of a config that tell it apart from others."""
+    """Return the entries of a config in which it differs from others."""
     return {key: value for key, value in config.items() if key not in NOT_COMPARED}
 
 

@@ -57,6 +57,26 @@ def trained(model, runtime, *, num_clones=3, recipe=RECIPE, data=DATA, **options
     return fit(model, start, data, recipe, seed=6, runtime=runtime, **options)
 
 
+def test_a_core_with_data_and_model_on_a_gpu_has_the_bits_of_one_with_both_on_the_cpu():
+    there = tuple(tensor.cuda() for tensor in DATA)
+    states = []
+    for model, data in ((cnn(), DATA), (cnn().cuda(), there)):
+        core = Core(
+            model=model,
+            dataset=data,
+            held_out=data,
+            recipe=RECIPE,
+            distillation=practical(RECIPE),
+            runtime=GPU,
+        )
+        state = core.state(core.pretrain())
+        edge = train_edge(core.model, state.params, data, RECIPE, runtime=GPU)
+        state, metrics = core.distill(state, edge)
+        assert metrics["accepted"]
+        states.append(state)
+    assert same_bits(states[0].params, states[1].params)
+
+
 @pytest.mark.parametrize("build", [mlp, cnn], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("batched", [False, True], ids=["one by one", "together"])
 def test_training_on_a_gpu_equals_training_on_the_cpu(build, batched):

@@ -454,6 +454,11 @@ def test_arrays_that_do_not_fit_the_core_stop_the_start():
         ClonedKD(core).start(FakeGrid(apps(1)), ArrayRecord({"w": Array(np.ones(1))}))
 
 
+def test_a_model_in_the_place_of_the_core_is_an_error_that_names_both():
+    with pytest.raises(TypeError, match=r"core: expected a Core\(.*\), got Network"):
+        ClonedKD(network())
+
+
 @pytest.mark.parametrize(
     "options", [{"num_clones": 0}, {"max_in_flight": 0}, {"max_failures": 0}, {"max_staleness": -1}]
 )
