@@ -1,14 +1,17 @@
 """Measure what an edge of one class costs a core, by the number of epochs of Phase 2.
 
-The student may start from a model that classifies only half as much of the core data correctly as
-the core did. Phase 2 trains it from there, and a short Phase 2 may end before it has recovered.
-The core of this benchmark learns from honest edges first. Then each class in turn is the only
-class of the next edge. `python -m benchmarks.recovery --help`
+The student may start from a model that classifies only a part of what the core did: by default at
+least half, see `retained`. Phase 2 trains it from there, and a short Phase 2 may end before it has
+recovered. The core of this benchmark learns from honest edges first. Then each class in turn is
+the only class of the next edge. `python -m benchmarks.recovery --help`
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from math import nan
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +31,7 @@ from flwr_cloned_kd import (
     load_digits,
     partition,
     practical,
+    retained,
     take,
     train_edge,
 )
@@ -50,7 +54,7 @@ class Round(NamedTuple):
     """Training steps of Phase 2."""
 
 
-def play(epochs: int, seed: int) -> list[Round]:
+def play(epochs: int, min_retained: float, seed: int) -> list[Round]:
     """Let a core with so many epochs of Phase 2 learn from an edge of each class, in turn."""
     train, test = load_digits()
     parts = partition(len(train[1]), 10, seed=fold_in(seed, "split"))
@@ -59,7 +63,9 @@ def play(epochs: int, seed: int) -> list[Round]:
         model=digits_cnn(seed=fold_in(seed, "model")),
         dataset=take(train, parts[0]),
         recipe=Recipe(epochs=12),
-        distillation=practical(recipe),
+        distillation=replace(
+            practical(recipe), student_start=partial(retained, min_retained=min_retained)
+        ),
         held_out=test,
         seed=seed,
     )
@@ -93,26 +99,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__)
     add = parser.add_argument
     add("--epochs", type=int, nargs="+", default=[2, 5, 10, 30], help="(default: 2 5 10 30)")
+    add(
+        "--min-retained",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.8],
+        help="part of what the core knew that the student's start keeps (default: 0.5 0.8)",
+    )
     add("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     add("--json", type=Path, help="save the results")
     options = parser.parse_args(argv)
     table = Table(title="Digits: points that an edge of one class adds to the core")
-    columns = ("epochs of Phase 2", "steps", "worst", "worst accepted", "mean accepted", "refused")
-    for column in columns:
+    columns = ("epochs of Phase 2", "steps", "start keeps", "worst", "worst accepted")
+    for column in (*columns, "mean accepted", "refused"):
         table.add_column(column, justify="right")
     results: dict[str, Any] = {"hardware": capability(Runtime().target)}
-    for epochs in options.epochs:
-        seeds = track(range(options.seeds), f"{epochs} epochs")
-        rounds = [one for seed in seeds for one in play(epochs, seed)]
+    for epochs, min_retained in product(options.epochs, options.min_retained):
+        name = f"{epochs} epochs, start keeps {min_retained:g}"
+        seeds = track(range(options.seeds), name)
+        rounds = [one for seed in seeds for one in play(epochs, min_retained, seed)]
         accepted = [one.change for one in rounds if one.accepted] or [nan]
         numbers = [min(one.change for one in rounds), min(accepted), fmean(accepted)]
         table.add_row(
             str(epochs),
             str(rounds[0].num_steps),
+            f"{min_retained:g}",
             *(f"{100 * number:+.1f}" for number in numbers),
             f"{sum(not one.accepted for one in rounds)} of {len(rounds)}",
         )
-        results[str(epochs)] = [one._asdict() for one in rounds]
+        results[name] = [one._asdict() for one in rounds]
     Console(width=110).print(table)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Cloned knowledge distillation as a strategy for Flower's Message API."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from logging import INFO, WARNING
 from numbers import Real
 from typing import Any, Unpack
@@ -22,6 +22,7 @@ from ..io.messages import ensemble_of, metrics_of, only
 from ..io.wire import KEY, check_wire_dtype, encode_request, received
 from ..method.core import Core
 from ..method.edge import edge_seed
+from ..method.knowledge import rule_name
 from ..method.rollback import KeptAnswer, KeptRound, accepted_of, contradiction, replay
 from ..method.state import CoreState
 from ..method.variants import Send, cloned
@@ -347,7 +348,7 @@ class ClonedKD(AsyncStrategy):
             if value is None or isinstance(value, Real)
         }
         rules = {
-            name: _name(value)
+            name: rule_name(value)
             for name, value in options.items()
             if name in ("selection", "student_start") and callable(value)
         }
@@ -359,7 +360,7 @@ class ClonedKD(AsyncStrategy):
             "seed": int(self.core.seed),
             "task": None if is_default_task else type(self.core.task).__name__,
             "core_samples": len(self.core.dataset[1]),
-            "send": _name(self.send),
+            "send": rule_name(self.send),
             "wire_dtype": None if self.wire_dtype == "float32" else self.wire_dtype,
             **numbers,
             **rules,
@@ -375,8 +376,8 @@ class ClonedKD(AsyncStrategy):
         log(INFO, "\t├── Answers distilled together: at most %d", self.max_together)
         log(INFO, "\t├── Temporal memory: %d", distillation.memory_size)
         log(INFO, "\t├── Temperature: %g", distillation.temperature)
-        log(INFO, "\t├── Student's start, as a share of the clones' movement: %s", _name(start))
-        log(INFO, "\t├── Samples of a teacher: %s", _name(selection or "all"))
+        log(INFO, "\t├── Student's start, as a share of the clones' movement: %s", rule_name(start))
+        log(INFO, "\t├── Samples of a teacher: %s", rule_name(selection or "all"))
         log(INFO, "\t└── Core data: %d samples, seed %d", len(self.core.dataset[1]), self.core.seed)
 
     def _publish(self, state: CoreState, version: int) -> None:
@@ -393,10 +394,3 @@ class ClonedKD(AsyncStrategy):
             # What the edge reads: the core counts the clones' movement from there.
             self._sent = received(sent, self.wire_dtype)
             self._encoded = encode_request(sent, self.wire_dtype)
-
-
-def _name(rule: Callable[..., Any] | float | str) -> str:
-    """Return the name of a function, or write out a number."""
-    if not callable(rule):
-        return str(rule)
-    return str(getattr(rule, "__qualname__", type(rule).__name__))

@@ -6,7 +6,8 @@ this module are ours.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -82,16 +83,24 @@ def ensemble_share(knowledge: Knowledge) -> float:
 START_STEPS = 16
 """Number of starts that `retained` compares: 1/16 of the clones' movement, 2/16, ..., all of it."""
 MIN_RETAINED = 0.5
-"""Smallest part of its accuracy on the core data that a core may keep after moving."""
+"""Smallest part of its accuracy on the core data that a core may keep after moving, by default."""
 
 
-def retained(knowledge: Knowledge) -> float:
+def retained(knowledge: Knowledge, min_retained: float = MIN_RETAINED) -> float:
     """Move as far as the moved core keeps enough of its accuracy on the core data.
 
     Of sixteen steps this is the largest share s for which the core that moved by s classifies at
-    least max(s^2, 1/2) times as many core samples correctly as the core before. The measured model
-    is the model that the student starts from. Clones that predict well but average badly, or that
-    moved very far, can therefore not spoil the start.
+    least max(s^2, `min_retained`) times as many core samples correctly as the core before. The
+    measured model is the model that the student starts from. Clones that predict well but average
+    badly, or that moved very far, can therefore not spoil the start.
+
+    Args:
+        min_retained: a fraction in [0, 1]. A Phase 2 of few steps may end before the student has
+            recovered what it lost at the start; then 0.8 is better than the default
+            (docs/robustness.md): `student_start=partial(retained, min_retained=0.8)`.
+
+    Raises:
+        ValueError: for a fraction outside [0, 1].
 
     Examples:
         >>> from flwr_cloned_kd import Knowledge, retained
@@ -100,9 +109,21 @@ def retained(knowledge: Knowledge) -> float:
         >>> retained(Knowledge(ensemble=0.8, moved=lambda share: 0.9 if share < 0.25 else 0.1))
         0.1875
     """
+    if not 0 <= min_retained <= 1:
+        raise ValueError(f"min_retained: expected 0 to 1, got {min_retained}")
     before = knowledge.moved(0.0)
     for step in range(START_STEPS, 0, -1):
         share = step / START_STEPS
-        if knowledge.moved(share) >= max(share**2, MIN_RETAINED) * before:
+        if knowledge.moved(share) >= max(share**2, min_retained) * before:
             return share
     return 0.0
+
+
+def rule_name(rule: Callable[..., Any] | float | str) -> str:
+    """Return the name of a function, with the arguments of a `partial`; or write out a number."""
+    if isinstance(rule, partial):
+        arguments = [*map(str, rule.args), *(f"{k}={v}" for k, v in rule.keywords.items())]
+        return f"{rule_name(rule.func)}({', '.join(arguments)})"
+    if not callable(rule):
+        return str(rule)
+    return str(getattr(rule, "__qualname__", type(rule).__name__))

@@ -1,6 +1,7 @@
 """Presets of Phase 2: a recipe becomes a `Distillation`."""
 
 from dataclasses import replace
+from functools import partial
 
 from ..engine.recipe import Recipe
 from .distillation import Distillation
@@ -77,5 +78,9 @@ SELECTIONS: dict[str, Selection | None] = {
 }
 """Selections of samples, by their names in run-configs."""
 
-START_RULES: dict[str, StartRule] = {"retained": retained, "ensemble-share": ensemble_share}
+START_RULES: dict[str, StartRule] = {
+    "retained": retained,
+    "retained-0.8": partial(retained, min_retained=0.8),
+    "ensemble-share": ensemble_share,
+}
 """Rules for the start of the student, by their names in run-configs."""

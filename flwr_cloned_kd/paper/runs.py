@@ -7,6 +7,7 @@ from ..apps.build import num_clones, phase_2
 from ..apps.settings import Settings, affects_result
 from ..attacks.suite import ATTACKS
 from ..io.wire import check_wire_dtype
+from ..method.knowledge import rule_name
 from ..method.presets import SELECTIONS, START_RULES
 from .combining import COMBINE
 
@@ -127,7 +128,7 @@ def _describe_phase_2(run: Run) -> dict[str, Any]:
     if augment not in ("", run.settings.augment):
         description["augment"] = augment
     return description | {
-        name: value.__name__ if callable(value) else value for name, value in options.items()
+        name: rule_name(value) if callable(value) else value for name, value in options.items()
     }
 
 

@@ -104,6 +104,7 @@ ROWS: dict[str, Method] = {
     "ours, by the label's probability": ours_but(selection="label-probability"),
     "ours, start at the core": ours_but(student_start=0.0),
     "ours, start at the clones' mean": ours_but(student_start=1.0),
+    "ours, start keeps 0.8": ours_but(student_start="retained-0.8"),
     "ours, start by the ensemble's share": ours_but(student_start="ensemble-share"),
     "ours, the core does not teach": ours_but(core_as_teacher=False),
     "ours, temperature 4": ours_but(temperature=4.0),

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from flwr_cloned_kd import (
     retained,
     train_edge,
 )
+from flwr_cloned_kd.method.knowledge import rule_name
 from tests.helpers.cores import make_core, start_of
 from tests.helpers.reference import few, images, same_bits
 
@@ -139,6 +141,31 @@ def test_clones_that_moved_far_do_not_move_the_start(factor):
     kept = core.train_accuracy(new.params)
     assert kept >= state.train_accuracy[0] / 2
     assert 0 <= metrics["student-start"] <= 1
+
+
+@pytest.mark.parametrize(("min_retained", "expected"), [(0.0, 0.5), (0.5, 0.5), (0.8, 0.25)])
+def test_retained_can_keep_more_than_half(min_retained, expected):
+    accuracies = {0.25: 0.9, 0.5: 0.6}
+    knowledge = knowledge_of(lambda share: 1.0 if share < 0.25 else accuracies.get(share, 0.0))
+    assert retained(knowledge, min_retained) == expected
+
+
+@pytest.mark.parametrize("min_retained", [-0.1, 1.1])
+def test_a_part_that_is_no_fraction_is_refused(min_retained):
+    with pytest.raises(ValueError, match="min_retained: expected 0 to 1"):
+        retained(knowledge_of(lambda share: 1.0), min_retained)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (0.5, "0.5"),
+        (retained, "retained"),
+        (partial(retained, min_retained=0.8), "retained(min_retained=0.8)"),
+    ],
+)
+def test_a_rule_has_a_name_with_its_arguments(rule, expected):
+    assert rule_name(rule) == expected
 
 
 def test_the_practical_preset_uses_correct_and_retained():

@@ -10,6 +10,11 @@ from flwr_cloned_kd.paper.runs import Run
 from flwr_cloned_kd.paper.store import key, records
 
 
+@pytest.fixture(autouse=True)
+def small_network():
+    """Keep the ResNet: a network that is replaced in this process is not replaced in others."""
+
+
 def test_a_run_that_is_named_twice_is_played_once(tiny, tmp_path):
     played = []
     runs = [Run(settings=tiny), Run(settings=replace(tiny))]
