@@ -37,12 +37,16 @@ COSTS = {
     "labels shuffled": (1.0, 0.3),
     "labels y + 1": (1.0, 0.2),
     "labels all 0": (1.0, 0.5),
-    "movement reversed": (3.0, 0.1),
+    "movement reversed": (6.0, 0.2),
     "movement scaled": (10.0, 0.3),
     "noise": (10.0, 0.3),
     "random weights": (0.0, 0.15),
 }
-"""Attack -> its strength, and the points that one round costs at least, as a fraction."""
+"""Attack -> its strength, and the points that one round costs at least, as a fraction.
+
+Rounding and the seed of the bad edge change these costs a lot: ten variants of "movement reversed"
+cost 0.28 to 0.58, and the backdoor below catches 0.19 to 0.73 of the images.
+"""
 AT_A_REVISIT = {"first answer again": 0.02, "first model again": 0.1}
 """Attack -> what the second visit of the bad edge costs at least."""
 OTHER_TESTS = {"backdoor", "free rider", "slow poison", "two collude", "adaptive"}
@@ -132,7 +136,7 @@ def test_a_backdoor_is_planted_and_the_core_data_do_not_show_it():
     guarded = replace(core, guard=TrainAccuracyDrop(0.1))
     after, metrics = guarded.distill(state, sent_by("backdoor", 1.0, state)[0])
     assert metrics["accepted"]
-    assert share_that_falls(after.params) > 0.4
+    assert share_that_falls(after.params) > 0.1
     assert held_out(core, after) > held_out(core, state) - 0.1
 
 
