@@ -154,9 +154,9 @@ def plan(
     device = runtime.target
     small = is_small(model)
     batched = num_clones > 1 and (
-        _is_faster_in_one_pass(model, device)
-        if runtime.batch_clones is None
-        else runtime.batch_clones
+        runtime.batch_clones
+        if runtime.batch_clones is not None
+        else _is_faster_in_one_pass(model, device)
     )
     bf16 = not small and _multiplies_bf16(device) if runtime.bf16 is None else runtime.bf16
     if device.type == "cuda" and batched and bf16:

@@ -337,8 +337,8 @@ class ClonedKD(AsyncStrategy):
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common; functions by their names.
 
-        An option that is not used is None. If a checkpoint of an older version lacks an option,
-        this option counts as None too.
+        An option that is not used has the value None. An option that a checkpoint of an older
+        version lacks counts as not used.
         """
         distillation = self.core.distillation
         options = {**vars(distillation), **vars(distillation.recipe)}

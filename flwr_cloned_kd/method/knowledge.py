@@ -96,8 +96,8 @@ def retained(knowledge: Knowledge, min_retained: float = MIN_RETAINED) -> float:
 
     Args:
         min_retained: a fraction in [0, 1]. A Phase 2 of few steps may end before the student has
-            recovered what it lost at the start; then 0.8 is better than the default
-            (docs/robustness.md): `student_start=partial(retained, min_retained=0.8)`.
+            recovered what it lost at the start. `partial(retained, min_retained=0.8)` then limits
+            the loss in a round, but the last core may gain less (docs/robustness.md).
 
     Raises:
         ValueError: for a fraction outside [0, 1].

@@ -83,4 +83,4 @@ START_RULES: dict[str, StartRule] = {
     "retained-0.8": partial(retained, min_retained=0.8),
     "ensemble-share": ensemble_share,
 }
-"""Rules for the start of the student, by their names in run-configs."""
+"""Rules for the start of the student, by their names in the experiments of `paper`."""
